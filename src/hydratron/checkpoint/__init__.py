@@ -1,0 +1,1 @@
+"""Checkpoints: ours (sharded), Hugging Face's and Megatron's."""

@@ -1,0 +1,176 @@
+"""Sharded checkpoints: global tensors through torch.distributed.checkpoint.
+
+Each rank writes its part. Parameters and optimizer state are stored as global tensors, so any
+tensor-parallel x data-parallel layout loads any other. A directory has its final name only when it
+is complete. It holds `.metadata` and `__*.distcp` (tensors), `loops.pt` (plain values) and a
+`rng-<rank>.pt` of every rank.
+"""
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.optim import Optimizer
+
+from hydratron.parallel.mesh import ParallelMesh
+from hydratron.parallel.placement import parameter_placements
+
+LOOPS = "loops.pt"
+NAME_PREFIX = "step-"
+
+
+def _global(tensor: Tensor, tp_dim: int | None, mesh: ParallelMesh) -> Tensor:
+    """View this rank's shard as the global tensor it is a part of; shares memory."""
+    if mesh.device_mesh is None:
+        return tensor
+    tp = Replicate() if tp_dim is None or mesh.tp_group is None else Shard(tp_dim)
+    return DTensor.from_local(tensor, mesh.device_mesh, [Replicate(), tp], run_check=False)
+
+
+def global_parameters(network: nn.Module, mesh: ParallelMesh) -> dict[str, Tensor]:
+    """Return every parameter by name as a global tensor that shares memory with the shard."""
+    placements = parameter_placements(network)
+    return {
+        name: _global(parameter.detach(), placements[name].tp_dim, mesh)
+        for name, parameter in network.named_parameters()
+    }
+
+
+def _initialize_optimizer(optimizer: Optimizer) -> None:
+    """Give AdamW the zero state it would make at its first step, for loading into."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            if state:
+                continue
+            device = parameter.device if group.get("fused") else torch.device("cpu")
+            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+
+
+def global_optimizer_state(
+    network: nn.Module, optimizer: Optimizer, mesh: ParallelMesh
+) -> dict[str, Tensor]:
+    """Return the optimizer's state as global tensors named `<parameter>/<state>`."""
+    placements = parameter_placements(network)
+    state: dict[str, Tensor] = {}
+    for name, parameter in network.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            tp_dim = placements[name].tp_dim if value.dim() else None
+            state[f"{name}/{key}"] = _global(value, tp_dim, mesh) if value.dim() else value
+    return state
+
+
+def _rng_state() -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _rank_and_world_size() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def save_checkpoint(
+    directory: Path,
+    *,
+    network: nn.Module,
+    optimizers: Sequence[Optimizer],
+    mesh: ParallelMesh,
+    loop_state: dict[str, Any],
+) -> None:
+    """Write a complete checkpoint under `directory`, or nothing; every rank must call it."""
+    rank, world_size = _rank_and_world_size()
+    temporary = directory.with_name(directory.name + ".tmp")
+    if rank == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    if world_size > 1:
+        dist.barrier()
+    tensors: dict[str, Any] = {"model": global_parameters(network, mesh)}
+    for index, optimizer in enumerate(optimizers):
+        tensors[f"optimizer_{index}"] = global_optimizer_state(network, optimizer, mesh)
+    dcp.save(tensors, checkpoint_id=temporary)
+    torch.save(_rng_state(), temporary / f"rng-{rank}.pt")
+    if rank == 0:
+        layout = {"tensor_parallel_size": mesh.tensor_parallel_size, "world_size": world_size}
+        torch.save({**loop_state, "layout": layout}, temporary / LOOPS)
+    if world_size > 1:
+        dist.barrier()
+    if rank == 0:
+        shutil.rmtree(directory, ignore_errors=True)
+        os.replace(temporary, directory)
+    if world_size > 1:
+        dist.barrier()
+
+
+def load_checkpoint(
+    directory: Path, *, network: nn.Module, optimizers: Sequence[Optimizer], mesh: ParallelMesh
+) -> dict[str, Any]:
+    """Fill network and optimizers in place, whatever layout wrote them; return the loops' state.
+
+    The random streams are restored when the layout is the one that saved them.
+
+    Raises:
+        ValueError: no complete checkpoint there, or one of another model.
+    """
+    rank, world_size = _rank_and_world_size()
+    loop_state = load_loop_state(directory)
+    load_model(directory, network, mesh)
+    for index, optimizer in enumerate(optimizers):
+        _initialize_optimizer(optimizer)
+        state = global_optimizer_state(network, optimizer, mesh)
+        dcp.load({f"optimizer_{index}": state}, checkpoint_id=directory)
+    layout = {"tensor_parallel_size": mesh.tensor_parallel_size, "world_size": world_size}
+    if optimizers and loop_state["layout"] == layout:
+        rng = torch.load(directory / f"rng-{rank}.pt", weights_only=True)
+        torch.set_rng_state(rng["cpu"])
+        if "cuda" in rng and torch.cuda.is_available():
+            torch.cuda.set_rng_state(rng["cuda"])
+    return loop_state
+
+
+def load_loop_state(directory: Path) -> dict[str, Any]:
+    """Return what a checkpoint holds besides tensors: steps, schedules, loss scale, layout."""
+    if not (directory / LOOPS).is_file():
+        raise ValueError(f"{directory} is not a complete checkpoint: it has no {LOOPS}")
+    return torch.load(directory / LOOPS, weights_only=True, map_location="cpu")
+
+
+def load_model(directory: Path, network: nn.Module, mesh: ParallelMesh) -> None:
+    """Fill the parameters of `network` in place.
+
+    Raises:
+        ValueError: names or global shapes differ from the checkpoint's; the first one is named.
+    """
+    parameters = global_parameters(network, mesh)
+    stored = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
+    for name, parameter in parameters.items():
+        entry = stored.get(f"model.{name}")
+        shape = list(getattr(entry, "size", []))
+        if shape != list(parameter.shape):
+            found = shape if entry is not None else "nothing"
+            raise ValueError(
+                f"checkpoint {directory} is of another model: {name} needs"
+                f" {list(parameter.shape)} and it holds {found}"
+            )
+    dcp.load({"model": parameters}, checkpoint_id=directory)
+
+
+def newest_checkpoint(directory: Path) -> Path | None:
+    """Return the complete `step-<n>` of the largest n below `directory`, if there is one."""
+    found = [
+        path
+        for path in directory.glob(f"{NAME_PREFIX}*")
+        if path.name.removeprefix(NAME_PREFIX).isdigit() and (path / LOOPS).is_file()
+    ]
+    return max(found, key=lambda path: int(path.name.removeprefix(NAME_PREFIX)), default=None)

@@ -1,0 +1,73 @@
+"""The `hydratron` console script: hands over to a command, turns errors into an exit status."""
+
+import importlib.metadata
+import os
+import sys
+
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from hydratron import launch
+
+HYDRA_COMMANDS = {
+    "pretrain": "pretrain BERT (masked LM + sentence order) or GPT-2",
+}
+USAGE = """hydratron: what does a change to a Transformer do as the model grows?
+
+usage: hydratron COMMAND [KEY=VALUE ...]      one run
+       hydratron COMMAND -m [KEY=V1,V2 ...]   a sweep
+       hydratron COMMAND --help               its configuration groups; --cfg job shows the result
+"""
+
+
+def usage() -> str:
+    """Return the commands with a line each."""
+    commands = HYDRA_COMMANDS | {"report": "tables and figures from runs and sweeps"}
+    lines = "".join(f"  {name:<10} {text}\n" for name, text in commands.items())
+    return f"{USAGE}\ncommands:\n{lines}"
+
+
+def main() -> None:
+    """Run a command. Exit status 2: wrong input; 143: SIGTERM; 1: anything else that went wrong."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage(), end="")
+        return
+    if arguments[0] == "--version":
+        print(importlib.metadata.version("hydratron"))
+        return
+    command = arguments[0]
+    try:
+        if command == "report":
+            report = importlib.import_module("hydratron.commands.report")
+            report.main(arguments[1:])
+        elif command in HYDRA_COMMANDS:
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing
+            sys.argv = [f"hydratron {command}", *arguments[1:]]
+            launch.main(command)
+        else:
+            raise launch.InputError(f"unknown command {command!r}; known: {known()}")
+    except (launch.InputError, HydraException, OmegaConfBaseException) as error:
+        stop(command, error, status=2)
+    except ValueError as error:
+        if command != "report":
+            raise
+        stop(command, error, status=2)
+    except launch.JobFailed as error:
+        stop(command, error, status=error.status)
+    except KeyboardInterrupt:
+        stop(command, "interrupted", status=130)
+
+
+def known() -> str:
+    """Return the names of all commands."""
+    return ", ".join([*HYDRA_COMMANDS, "report"])
+
+
+def stop(command: str, error: object, *, status: int) -> None:
+    """Print one line and exit."""
+    while isinstance(error, BaseException) and not str(error) and error.__cause__:
+        error = error.__cause__  # Hydra wraps what it says in exceptions that say nothing
+    text = " ".join(str(error).split())
+    print(f"hydratron {command}: {text}", file=sys.stderr)
+    raise SystemExit(status)

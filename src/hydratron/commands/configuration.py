@@ -1,0 +1,55 @@
+"""Where OmegaConf stops: composed configurations become frozen dataclasses."""
+
+import os
+from dataclasses import fields, is_dataclass
+from typing import Any, TypeVar
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pytorch_lightning.loggers import Logger
+from pytorch_lightning.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
+
+from hydratron.launch import is_external_launch
+
+ConfigT = TypeVar("ConfigT")
+
+
+def build(cls: type[ConfigT], node: DictConfig, *, name: str) -> ConfigT:
+    """Turn the group `name` into the dataclass `cls`, which validates itself.
+
+    Raises:
+        ValueError: an unknown key, a missing value or one of the wrong type, by its full name.
+    """
+    assert is_dataclass(cls)
+    known = [field.name for field in fields(cls)]
+    for key in node:
+        if key not in known:
+            raise ValueError(f"unknown key {name}.{key}; known: {', '.join(known)}")
+    schema = OmegaConf.structured(cls)
+    OmegaConf.set_readonly(schema, False)
+    try:
+        values: Any = OmegaConf.to_object(OmegaConf.merge(schema, node))
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{name}.{getattr(error, 'full_key', '')}: {reason}") from error
+    return values
+
+
+def build_loggers(node: DictConfig) -> list[Logger]:
+    """Instantiate the logger that the configuration names, if any."""
+    return [instantiate(node)] if "_target_" in node else []
+
+
+def cluster_environment() -> ClusterEnvironment:
+    """Return Lightning's view of the processes that exist."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return TorchElasticEnvironment()
+    if is_external_launch():
+        return SLURMEnvironment(auto_requeue=False)
+    return LightningEnvironment()

@@ -1,0 +1,89 @@
+"""`hydratron pretrain`: train BERT or GPT-2 from nothing, or go on with a run."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from hydratron.checkpoint.sharded import load_loop_state, newest_checkpoint
+from hydratron.commands.configuration import build, build_loggers, cluster_environment
+from hydratron.models.config import ModelConfig
+from hydratron.training.callbacks import StopOnRequest, Throughput
+from hydratron.training.datamodule import DataConfig, PretrainingData
+from hydratron.training.metrics import MetricsFile
+from hydratron.training.optimisation import OptimizerConfig
+from hydratron.training.pretraining import PretrainingModule, num_parameters
+from hydratron.training.trainer import CHECKPOINTS, ParallelConfig, TrainerConfig, build_trainer
+
+
+@dataclass(frozen=True)
+class PretrainJob:
+    """A checked job: everything is built that needs no process group."""
+
+    trainer: TrainerConfig
+    parallel: ParallelConfig
+    data: PretrainingData
+    module: PretrainingModule
+    loggers: DictConfig
+
+
+def prepare(config: DictConfig) -> PretrainJob:
+    """Check a configuration and build its corpus; ValueError says what is wrong with it."""
+    model = build(ModelConfig, config.model, name="model")
+    data = build(DataConfig, config.data, name="data")
+    optimizer = build(OptimizerConfig, config.optimizer, name="optimizer")
+    trainer = build(TrainerConfig, config.trainer, name="trainer")
+    parallel = build(ParallelConfig, config.parallel, name="parallel")
+    trainer.local_devices(parallel.world_size)
+    model.check_tensor_parallel(parallel.tensor_parallel_size)
+    return PretrainJob(
+        trainer=trainer,
+        parallel=parallel,
+        data=PretrainingData(data, model, seed=config.seed, num_steps=trainer.max_steps),
+        module=PretrainingModule(
+            model,
+            optimizer,
+            max_steps=trainer.max_steps,
+            seed=config.seed,
+            micro_batch_size=data.micro_batch(parallel.data_parallel_size),
+            log_every=trainer.log_every,
+            max_skipped_steps=trainer.max_skipped_steps,
+            compile=trainer.compile,
+        ),
+        loggers=config.logger,
+    )
+
+
+def run(job: PretrainJob, run_dir: Path) -> dict[str, Any]:
+    """Train to the end; return what `result.json` says of it."""
+    data, module = job.data, job.module
+    metrics_file = MetricsFile(run_dir)
+    trainer = build_trainer(
+        job.trainer,
+        job.parallel,
+        run_dir=run_dir,
+        loggers=[metrics_file, *build_loggers(job.loggers)],
+        environment=cluster_environment(),
+        callbacks=[
+            Throughput(
+                seq_len=data.config.seq_len,
+                global_batch_size=data.config.global_batch_size,
+                num_predictions=data.num_predictions,
+            )
+        ],
+    )
+    checkpoint = newest_checkpoint(run_dir / CHECKPOINTS)
+    if checkpoint is not None:
+        metrics_file.continue_after(load_loop_state(checkpoint)["global_step"])
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+    is_stopped = any(isinstance(c, StopOnRequest) and c.stopped for c in trainer.callbacks)
+    if not is_stopped and module.validated_step != trainer.global_step:
+        trainer.validate(module, datamodule=data, verbose=False)
+    return {
+        "status": "preempted" if is_stopped else "ok",
+        "num_parameters": num_parameters(module.model_config),
+        "steps": trainer.global_step,
+        "tokens": trainer.global_step * data.config.global_batch_size * data.config.seq_len,
+        "val/unigram_entropy": data.unigram_entropy(),
+    } | {key: float(value) for key, value in module.last_metrics.items()}

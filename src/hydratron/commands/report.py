@@ -1,0 +1,51 @@
+"""`hydratron report DIR...`: tables and figures from run directories. Needs no configuration, so no
+Hydra.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from hydratron.report.document import print_summary, write_report
+from hydratron.report.runs import load_runs
+from hydratron.report.watch import watch_runs
+
+# Where nobody can widen a window, a table is not folded to 80 columns.
+FILE_WIDTH = 160
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """Read the command line; argparse exits with status 2 on what it does not know."""
+    parser = argparse.ArgumentParser(prog="hydratron report", description=__doc__.partition(".")[0])
+    parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="runs or sweeps")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="default: report/ in the first DIR"
+    )
+    parser.add_argument("--against", choices=["seed"], help="put published numbers beside ours")
+    parser.add_argument("--watch", action="store_true", help="follow the jobs until all have ended")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the tables, write the files, name the main figure last. ValueError where DIR holds no
+    run.
+    """
+    options = parse_arguments(arguments)
+    console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
+    if options.watch:
+        collection = watch_runs(options.directories, console)
+    else:
+        collection = load_runs(options.directories)
+    if not collection.runs:
+        listed = ", ".join(map(str, options.directories))
+        raise ValueError(f"no runs found in {listed}: no result.json and no .hydra/overrides.yaml")
+    against_seed = options.against == "seed"
+    print_summary(collection, console, against_seed=against_seed)
+    output = (options.output or options.directories[0] / "report").resolve()
+    written = write_report(collection, output, against_seed=against_seed)
+    for path in written.files:
+        print(path)
+    if written.figures:
+        print(f"figure: {written.figures[0]}")

@@ -1,0 +1,179 @@
+"""The Transformer of BERT and GPT-2, and the one place where LayerNorm placements differ.
+
+Activations are flattened tokens. Inside a tensor-parallel region all T = B x S tokens meet a share
+of the heads or of the intermediate width; outside, each rank holds T/t of them. Because the split
+runs over the flattened tokens, no layout change is needed on either side.
+Letters: B batch, S sequence, T tokens (padded to a multiple of t), H hidden, N heads, D head dim.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from hydratron.models.config import ModelConfig
+from hydratron.parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    local_size,
+)
+from hydratron.parallel.mappings import local_tokens
+from hydratron.parallel.mesh import ProcessGroup
+from hydratron.parallel.placement import mark_sequence_sharded
+
+
+def layer_norm(config: ModelConfig) -> nn.LayerNorm:
+    """A LayerNorm over this rank's tokens."""
+    return mark_sequence_sharded(nn.LayerNorm(config.hidden_size, eps=config.layernorm_eps))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with the heads split over the group: [T/t, H] to [T/t, H]."""
+
+    def __init__(self, config: ModelConfig, tp_group: ProcessGroup | None = None) -> None:
+        super().__init__()
+        self.num_local_heads = local_size(config.num_heads, tp_group, name="num_heads")
+        self.is_causal = config.family == "gpt2"
+        self.dropout = config.attention_dropout
+        self.qkv = ColumnParallelLinear(
+            config.hidden_size, config.hidden_size, group=tp_group, num_stacked=3
+        )
+        self.output = RowParallelLinear(config.hidden_size, config.hidden_size, group=tp_group)
+
+    def forward(self, x: Tensor, shape: tuple[int, int], key_mask: Tensor | None) -> Tensor:
+        batch_size, seq_len = shape
+        qkv = self.qkv(x)  # [T, 3H/t]
+        num_padding = qkv.size(0) - batch_size * seq_len
+        qkv = qkv[: batch_size * seq_len]
+        # [B, S, 3, N/t, D] -> 3 x [B, N/t, S, D]
+        qkv = qkv.view(batch_size, seq_len, 3, self.num_local_heads, -1)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        context = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=key_mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=self.is_causal,
+        )
+        context = context.transpose(1, 2).flatten(0, 1).flatten(1)  # [B*S, H/t]
+        return self.output(F.pad(context, (0, 0, 0, num_padding)) if num_padding else context)
+
+
+class Mlp(nn.Module):
+    """Two linear layers around GELU, the intermediate width split: [T/t, H] to [T/t, H]."""
+
+    def __init__(self, config: ModelConfig, tp_group: ProcessGroup | None = None) -> None:
+        super().__init__()
+        width = config.feedforward_size
+        self.approximate = "tanh" if config.activation == "gelu_tanh" else "none"
+        self.input = ColumnParallelLinear(config.hidden_size, width, group=tp_group)
+        self.output = RowParallelLinear(width, config.hidden_size, group=tp_group)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(F.gelu(self.input(x), approximate=self.approximate))
+
+
+class TransformerLayer(nn.Module):
+    """Attention and MLP, each with its residual connection and LayerNorm."""
+
+    def __init__(self, config: ModelConfig, tp_group: ProcessGroup | None = None) -> None:
+        super().__init__()
+        self.placement = config.layernorm
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.attention_layernorm = layer_norm(config)
+        self.attention = Attention(config, tp_group)
+        self.mlp_layernorm = layer_norm(config)
+        self.mlp = Mlp(config, tp_group)
+
+    def forward(self, x: Tensor, shape: tuple[int, int], key_mask: Tensor | None) -> Tensor:
+        if self.placement == "pre":  # figure 1(b): the residual stream is never normalised
+            x = x + self.dropout(self.attention(self.attention_layernorm(x), shape, key_mask))
+            return x + self.dropout(self.mlp(self.mlp_layernorm(x)))
+        x = self.attention_layernorm(x + self.dropout(self.attention(x, shape, key_mask)))
+        return self.mlp_layernorm(x + self.dropout(self.mlp(x)))  # figure 1(a)
+
+
+class Transformer(nn.Module):
+    """Embeddings and layers. Post-LN normalises the embeddings, pre-LN the last layer's output,
+    so both placements have the same parameters in number and shape.
+    """
+
+    def __init__(self, config: ModelConfig, tp_group: ProcessGroup | None = None) -> None:
+        super().__init__()
+        config.check_tensor_parallel(1 if tp_group is None else tp_group.size())
+        self.config, self.tp_group = config, tp_group
+        hidden_size = config.hidden_size
+        self.word_embeddings = VocabParallelEmbedding(
+            config.vocab_size, hidden_size, group=tp_group
+        )
+        self.position_embeddings = mark_sequence_sharded(
+            nn.Embedding(config.max_seq_len, hidden_size)
+        )
+        self.token_type_embeddings = (
+            mark_sequence_sharded(nn.Embedding(config.num_token_types, hidden_size))
+            if config.family == "bert"
+            else None
+        )
+        is_pre = config.layernorm == "pre"
+        self.embedding_layernorm = None if is_pre else layer_norm(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.layers = nn.ModuleList(
+            TransformerLayer(config, tp_group) for _ in range(config.num_layers)
+        )
+        self.final_layernorm = layer_norm(config) if is_pre else None
+
+    def _embed(self, input_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
+        batch_size, seq_len = input_ids.shape
+        positions = torch.arange(seq_len, device=input_ids.device).repeat(batch_size)  # [B*S]
+        group_size = 1 if self.tp_group is None else self.tp_group.size()
+        num_padding = -input_ids.numel() % group_size
+
+        def flat(ids: Tensor) -> Tensor:
+            return F.pad(ids.flatten(), (0, num_padding))  # [T]
+
+        x = self.word_embeddings(flat(input_ids))  # [T/t, H]
+        x = x + self.position_embeddings(local_tokens(flat(positions), self.tp_group))
+        if self.token_type_embeddings is not None:
+            if token_type_ids is None:
+                token_type_ids = torch.zeros_like(input_ids)
+            x = x + self.token_type_embeddings(local_tokens(flat(token_type_ids), self.tp_group))
+        return x
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        token_type_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Return the last hidden states of this rank's tokens.
+
+        Args:
+            input_ids: [B, S], the same on every rank of the group, as are the others.
+            token_type_ids: [B, S], BERT only; zeros by default.
+            attention_mask: [B, S] bool, True where a token is; None when nothing is padding.
+
+        Returns:
+            [T/t, H] with T = B x S, padded at the end to a multiple of the group's size.
+
+        Raises:
+            ValueError: S exceeds max_seq_len.
+        """
+        batch_size, seq_len = input_ids.shape
+        if seq_len > self.config.max_seq_len:
+            raise ValueError(
+                f"sequence length {seq_len} exceeds the model's max_seq_len"
+                f" {self.config.max_seq_len}"
+            )
+        key_mask = None if attention_mask is None else attention_mask[:, None, None, :]  # [B,1,1,S]
+        x = self._embed(input_ids, token_type_ids)
+        if self.embedding_layernorm is not None:
+            x = self.embedding_layernorm(x)
+        x = self.dropout(x)
+        for layer in self.layers:
+            if self.config.recompute == "full" and self.training:
+                x = checkpoint(layer, x, (batch_size, seq_len), key_mask, use_reentrant=False)
+            else:
+                x = layer(x, (batch_size, seq_len), key_mask)
+        return x if self.final_layernorm is None else self.final_layernorm(x)

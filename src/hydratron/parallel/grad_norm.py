@@ -1,0 +1,44 @@
+"""The norm of a gradient whose parameters are partly split over a tensor-parallel group."""
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from hydratron.parallel.mappings import all_reduce
+from hydratron.parallel.placement import parameter_placements
+
+
+def squared_gradient_norms(model: nn.Module, tp_group: ProcessGroup | None) -> dict[str, Tensor]:
+    """Return each parameter's squared gradient L2 norm in float32 or above, on the device.
+
+    The parts of a split parameter are added over the group; a replicated one counts once. The
+    gradients must be whole: call `reduce_partial_gradients` first.
+    """
+    placements = parameter_placements(model)
+    named = [(n, p.grad) for n, p in model.named_parameters() if p.grad is not None]
+    if not named:
+        return {}
+    dtype = torch.promote_types(named[0][1].dtype, torch.float32)
+    norms = torch._foreach_norm([g for _, g in named], 2, dtype=dtype)
+    squares = torch.stack(norms).square()
+    if tp_group is not None:
+        is_split = [placements[name].tp_dim is not None for name, _ in named]
+        split = torch.tensor(is_split, device=squares.device)
+        squares = torch.where(split, all_reduce(squares, "sum", tp_group), squares)
+    return {name: square for (name, _), square in zip(named, squares.unbind(), strict=True)}
+
+
+def clip_grad_norm(
+    model: nn.Module, squares: dict[str, Tensor], *, max_norm: float | None
+) -> Tensor:
+    """Scale the gradients in place so that their global norm is at most `max_norm`.
+
+    `squares` comes from `squared_gradient_norms`. Returns the norm before clipping, a 0-d tensor
+    on the device; nothing waits for it. A non-finite norm leaves non-finite gradients behind.
+    """
+    norm = torch.stack(list(squares.values())).sum().sqrt()
+    if max_norm is not None:
+        coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        torch._foreach_mul_(gradients, coefficient.to(gradients[0].dtype))
+    return norm

@@ -1,0 +1,113 @@
+"""Autograd pairs of collectives at the borders of tensor-parallel regions.
+
+Outside the regions the flattened tokens of a micro-batch are split over the group ("sequence
+parallel", Korthikanti et al. 2022, section 4.2.2); inside, every rank sees all tokens and a share
+of the heads, of the intermediate width or of the vocabulary. The collectives are functional, so
+that torch.compile traces them. Shapes: T tokens, H features, `/t` split over the group.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed._functional_collectives as collectives
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+def all_reduce(x: Tensor, operation: str, group: ProcessGroup) -> Tensor:
+    """All-reduce `x` with `operation` ("sum" or "max") over `group`; outside autograd."""
+    return collectives.wait_tensor(collectives.all_reduce(x, operation, group))
+
+
+def all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
+    """Concatenate the ranks' `x` [T/t, ...] along dimension 0 into [T, ...]; outside autograd."""
+    return collectives.wait_tensor(collectives.all_gather_tensor(x.contiguous(), 0, group))
+
+
+def reduce_scatter(x: Tensor, group: ProcessGroup) -> Tensor:
+    """Sum `x` [T, ...] over the group and keep this rank's rows [T/t, ...]; outside autograd."""
+    return collectives.wait_tensor(
+        collectives.reduce_scatter_tensor(x.contiguous(), "sum", 0, group)
+    )
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return all_gather(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return reduce_scatter(gradients[0], ctx.group), None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return reduce_scatter(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return all_gather(gradients[0], ctx.group), None
+
+
+class _GatherReplicated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.rank, ctx.num_local_tokens = group.rank(), x.size(0)
+        return all_gather(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        start = ctx.rank * ctx.num_local_tokens
+        return gradients[0].narrow(0, start, ctx.num_local_tokens).contiguous(), None
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return all_reduce(gradients[0].contiguous(), "sum", ctx.group), None
+
+
+def gather_into_tensor_parallel_region(x: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Enter a region whose ranks each do a part of the work: [T/t, H] to [T, H].
+
+    The backward pass sums the ranks' partial gradients and scatters them.
+    """
+    return x if group is None else _Gather.apply(x, group)  # type: ignore[return-value]
+
+
+def reduce_scatter_from_tensor_parallel_region(x: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Leave a region: partial sums [T, H] become this rank's finished tokens [T/t, H]."""
+    return x if group is None else _ReduceScatter.apply(x, group)  # type: ignore[return-value]
+
+
+def gather_into_replicated_region(x: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Enter compute that every rank repeats in full: [T/t, H] to [T, H].
+
+    Each rank's gradient is whole already, so the backward pass is a slice, never a sum.
+    """
+    return x if group is None else _GatherReplicated.apply(x, group)  # type: ignore[return-value]
+
+
+def copy_to_tensor_parallel_region(x: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Pass a replicated tensor into a region: identity forward, all-reduce backward.
+
+    The operator f of Shoeybi et al. 2019, figure 3.
+    """
+    return x if group is None else _Copy.apply(x, group)  # type: ignore[return-value]
+
+
+def local_tokens(x: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Return this rank's rows of a constant tensor [T, ...] (ids, positions): [T/t, ...]."""
+    if group is None:
+        return x
+    num_local_tokens = x.size(0) // group.size()  # T/t
+    return x.narrow(0, group.rank() * num_local_tokens, num_local_tokens)

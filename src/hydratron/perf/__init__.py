@@ -1,0 +1,1 @@
+"""FLOP and memory accounting, planner."""

@@ -1,0 +1,1 @@
+"""Lightning's side: strategy, modules, data module, optimisation, callbacks."""

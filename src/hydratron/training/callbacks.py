@@ -1,0 +1,174 @@
+"""What happens around the steps: checkpoints, throughput, stopping in agreement, progress lines."""
+
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import Checkpoint
+
+from hydratron.checkpoint.sharded import NAME_PREFIX
+from hydratron.perf.flops import train_flops
+from hydratron.training.pretraining import PretrainingModule
+
+NUM_KEPT = 2
+
+
+class StepCheckpoint(Checkpoint):
+    """Saves `checkpoints/step-<n>` every so many steps and at the end; keeps the newest two.
+
+    A step is saved when the next one begins, after its validation, so that a resumed run repeats
+    nothing and omits nothing. `last` links to the newest.
+    """
+
+    def __init__(self, directory: Path, *, every: int) -> None:
+        self.directory, self.every = directory, every
+        self.last_saved = -1
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.last_saved = trainer.global_step
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self.every and trainer.global_step % self.every == 0:
+            self.save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.save(trainer)
+
+    def save(self, trainer: Trainer) -> None:
+        """Save the current step unless it is saved already; every rank must call it."""
+        step = trainer.global_step
+        if step == self.last_saved or step == 0:
+            return
+        trainer.save_checkpoint(self.directory / f"{NAME_PREFIX}{step}")
+        self.last_saved = step
+        if trainer.is_global_zero:
+            link = self.directory / "last.tmp"
+            link.unlink(missing_ok=True)
+            link.symlink_to(f"{NAME_PREFIX}{step}")
+            os.replace(link, self.directory / "last")
+            steps = sorted(
+                (p for p in self.directory.glob(f"{NAME_PREFIX}*") if p.suffix != ".tmp"),
+                key=lambda p: int(p.name.removeprefix(NAME_PREFIX)),
+            )
+            for old in steps[:-NUM_KEPT]:
+                shutil.rmtree(old)
+
+
+class Throughput(Callback):
+    """Logs tokens per second of the whole grid, TFLOP/s per device and peak memory.
+
+    Measured between two logged steps, where the host has waited for the device; validation and
+    saving are left out.
+    """
+
+    def __init__(self, *, seq_len: int, global_batch_size: int, num_predictions: int) -> None:
+        self.seq_len, self.global_batch_size = seq_len, global_batch_size
+        self.num_predictions = num_predictions
+        self._restart()
+
+    def _restart(self, *_: Any) -> None:
+        self.started, self.num_steps = time.perf_counter(), 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restart()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restart()
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: Any
+    ) -> None:
+        self._restart()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, PretrainingModule)
+        self.num_steps += 1
+        if trainer.global_step % pl_module.log_every:
+            return
+        seconds = (time.perf_counter() - self.started) / self.num_steps
+        flops = self.global_batch_size * train_flops(
+            pl_module.model_config, seq_len=self.seq_len, num_predictions=self.num_predictions
+        )
+        metrics = {
+            "perf/step_ms": 1e3 * seconds,
+            "perf/tokens_per_second": self.global_batch_size * self.seq_len / seconds,
+            "perf/tflops_per_gpu": flops / seconds / trainer.world_size / 1e12,
+        }
+        if pl_module.device.type == "cuda":
+            metrics["perf/peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        pl_module.record(metrics)
+        self._restart()
+
+
+class StopOnRequest(Callback):
+    """Ends training after the same step on every rank when any rank got SIGTERM or SIGUSR2.
+
+    The flag is agreed by a background all-reduce on the CPU, read one step later, so that no step
+    waits for it. The checkpoint of the last step is then written by StepCheckpoint.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.stopped = False
+        self._pending: tuple[dist.Work, torch.Tensor] | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # replaces Lightning's handler, which broadcasts from inside the signal handler
+        for number in (signal.SIGTERM, signal.SIGUSR2):
+            signal.signal(number, self._request)
+
+    def _request(self, *_: Any) -> None:
+        self.requested = True
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.world_size == 1:
+            agreed = self.requested
+        else:
+            agreed = self._agreed()
+            flag = torch.tensor(int(self.requested))
+            work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, async_op=True)
+            assert work is not None
+            self._pending = (work, flag)
+        if agreed:
+            self.stopped = trainer.should_stop = True
+
+    def _agreed(self) -> bool:
+        if self._pending is None:
+            return False
+        work, flag = self._pending
+        work.wait()
+        return bool(flag)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._agreed()
+        self._pending = None
+
+
+class ProgressLines(Callback):
+    """Plain lines where the output is no terminal."""
+
+    def __init__(self, *, max_steps: int, every: int) -> None:
+        self.max_steps, self.every = max_steps, every
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if trainer.is_global_zero and (step % self.every == 0 or step == self.max_steps):
+            assert isinstance(pl_module, PretrainingModule)
+            values = pl_module.last_metrics
+            shown = ("train/loss", "train/grad_norm", "val/loss", "perf/tokens_per_second")
+            text = "  ".join(f"{key} {float(values[key]):.5g}" for key in shown if key in values)
+            print(f"step {step}/{self.max_steps}  {text}", flush=True)

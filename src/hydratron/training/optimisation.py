@@ -1,0 +1,107 @@
+"""AdamW, its parameter groups and the learning-rate schedules of the original recipes."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+SCHEDULES = ("linear", "cosine", "constant")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule.
+
+    The learning rate rises linearly from 0 over the warmup (`warmup_steps`, else
+    `warmup_fraction` of the run), then falls to `lr * min_lr_ratio` at `decay_steps` (default: the
+    end of the run) and stays there. `clip` is the largest gradient norm, None for no clipping.
+
+    Raises:
+        ValueError: a value that cannot be, by name and rule.
+    """
+
+    lr: float
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    clip: float | None = 1.0
+    schedule: str = "linear"
+    warmup_steps: int | None = None
+    warmup_fraction: float = 0.01
+    decay_steps: int | None = None
+    min_lr_ratio: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise ValueError(
+                f"optimizer.schedule {self.schedule!r} is not one of {', '.join(SCHEDULES)}"
+            )
+        if self.lr <= 0:
+            raise ValueError(f"optimizer.lr {self.lr} is not positive")
+        if not 0 <= self.warmup_fraction < 1:
+            raise ValueError(f"optimizer.warmup_fraction {self.warmup_fraction} is not in [0, 1)")
+
+
+def learning_rate_factor(config: OptimizerConfig, *, max_steps: int) -> Callable[[int], float]:
+    """Return the factor on `lr` for the optimizer step of index 0, 1, ...
+
+    The first step has index 0 and factor 1 / warmup, so that no step is lost; the decay is
+    (step - warmup) / (decay - warmup), Megatron-LM's form from version 2.0 on.
+    """
+    warmup = config.warmup_steps
+    if warmup is None:
+        warmup = round(config.warmup_fraction * max_steps)
+    decay = max(config.decay_steps or max_steps, warmup + 1)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        if config.schedule == "constant":
+            return 1.0
+        progress = min(1.0, (step - warmup) / (decay - warmup))
+        fall = (
+            1 - progress
+            if config.schedule == "linear"
+            else 0.5 * (1 + math.cos(math.pi * progress))
+        )
+        return config.min_lr_ratio + (1 - config.min_lr_ratio) * fall
+
+    return factor
+
+
+def is_decayed(name: str) -> bool:
+    """Weight decay acts on matrices and embeddings, not on biases or LayerNorm (Megatron-LM)."""
+    return not name.endswith("bias") and "layernorm" not in name
+
+
+def build_optimizer(
+    network: nn.Module, config: OptimizerConfig, *, max_steps: int
+) -> tuple[AdamW, LambdaLR]:
+    """Return fused AdamW over two parameter groups and its schedule.
+
+    Fused, because it skips a step on the device when `found_inf` says so: nothing has to wait.
+    """
+    named = [(n, p) for n, p in network.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for n, p in named if is_decayed(n)], "weight_decay": config.weight_decay},
+        {"params": [p for n, p in named if not is_decayed(n)], "weight_decay": 0.0},
+    ]
+    optimizer = AdamW(
+        groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
+    )
+    return optimizer, LambdaLR(optimizer, learning_rate_factor(config, max_steps=max_steps))
+
+
+def skip_if_not_finite(optimizer: torch.optim.Optimizer, norm: torch.Tensor) -> torch.Tensor:
+    """Make the next fused step a no-op on the device if `norm` is NaN or Inf.
+
+    Returns the flag as a 0-d float tensor: 1 when the step will be skipped.
+    """
+    flag = (~norm.isfinite()).to(torch.float32)
+    optimizer.found_inf = flag  # pyright: ignore[reportAttributeAccessIssue]
+    return flag

@@ -1,0 +1,129 @@
+"""From a few plain settings to a Lightning Trainer on the tensor-parallel strategy."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pytorch_lightning import Callback, Trainer
+from pytorch_lightning.callbacks import RichProgressBar
+from pytorch_lightning.loggers import Logger
+from pytorch_lightning.plugins.environments import ClusterEnvironment
+
+from hydratron.training.callbacks import ProgressLines, StepCheckpoint, StopOnRequest
+from hydratron.training.strategy import TensorParallelStrategy
+
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Sizes of the process grid."""
+
+    tensor_parallel_size: int = 1
+    data_parallel_size: int = 1
+
+    def __post_init__(self) -> None:
+        for key in ("tensor_parallel_size", "data_parallel_size"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"parallel.{key} {getattr(self, key)} is not positive")
+
+    @property
+    def world_size(self) -> int:
+        """Processes of the whole grid."""
+        return self.tensor_parallel_size * self.data_parallel_size
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """How long, on what and how often. `devices` is per node; None: what the layout needs.
+
+    `val_every` and `checkpoint_every` count optimizer steps, 0 is only at the end. A run in which
+    more than `max_skipped_steps` steps had a non-finite loss or gradient stops.
+
+    Raises:
+        ValueError: a value that cannot be, by name and rule.
+    """
+
+    accelerator: str
+    max_steps: int
+    devices: int | None = None
+    num_nodes: int = 1
+    precision: str = "32-true"
+    log_every: int = 10
+    val_every: int = 0
+    checkpoint_every: int = 0
+    compile: bool = False
+    max_skipped_steps: int = 10
+
+    def __post_init__(self) -> None:
+        if self.accelerator not in ("cpu", "gpu"):
+            raise ValueError(f"trainer.accelerator {self.accelerator!r} is not one of cpu, gpu")
+        if self.precision not in PRECISIONS:
+            raise ValueError(
+                f"trainer.precision {self.precision!r} is not one of {', '.join(PRECISIONS)}"
+            )
+        if self.precision == "16-mixed" and self.accelerator == "cpu":
+            raise ValueError("trainer.precision 16-mixed needs a GPU; on a CPU use bf16-mixed")
+        for key in ("max_steps", "log_every", "num_nodes"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"trainer.{key} {getattr(self, key)} is not positive")
+
+    def local_devices(self, world_size: int) -> int:
+        """Return the processes of one node.
+
+        Raises:
+            ValueError: devices x num_nodes is not the world size that the layout needs.
+        """
+        devices = self.devices or max(1, world_size // self.num_nodes)
+        if devices * self.num_nodes != world_size:
+            raise ValueError(
+                f"trainer.devices {devices} x trainer.num_nodes {self.num_nodes} is not"
+                f" tensor_parallel_size x data_parallel_size = {world_size}"
+            )
+        return devices
+
+
+def build_trainer(
+    config: TrainerConfig,
+    parallel: ParallelConfig,
+    *,
+    run_dir: Path,
+    loggers: Sequence[Logger],
+    environment: ClusterEnvironment,
+    callbacks: Sequence[Callback] = (),
+) -> Trainer:
+    """Return a Trainer whose processes exist already (`environment` knows them)."""
+    is_terminal = sys.stdout.isatty()
+    lines = ProgressLines(max_steps=config.max_steps, every=config.log_every)
+    return Trainer(
+        accelerator=config.accelerator,
+        devices=config.local_devices(parallel.world_size),
+        num_nodes=config.num_nodes,
+        strategy=TensorParallelStrategy(
+            tensor_parallel_size=parallel.tensor_parallel_size,
+            data_parallel_size=parallel.data_parallel_size,
+        ),
+        precision=config.precision,  # pyright: ignore[reportArgumentType]
+        plugins=[environment],
+        logger=list(loggers),
+        callbacks=[
+            *callbacks,
+            RichProgressBar() if is_terminal else lines,
+            StopOnRequest(),
+            StepCheckpoint(run_dir / CHECKPOINTS, every=config.checkpoint_every),
+        ],
+        max_steps=config.max_steps,
+        max_epochs=-1,
+        val_check_interval=config.val_every or None,
+        check_val_every_n_epoch=None if config.val_every else 1,
+        limit_val_batches=None if config.val_every else 0,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_checkpointing=True,
+        enable_progress_bar=is_terminal,
+        enable_model_summary=False,
+        log_every_n_steps=config.log_every,
+        default_root_dir=run_dir,
+    )
