@@ -43,8 +43,12 @@ def main() -> None:
             report.main(arguments[1:])
         elif command in HYDRA_COMMANDS:
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing
-            sys.argv = [f"hydratron {command}", *arguments[1:]]
-            launch.main(command)
+            rest = arguments[1:]
+            if any(argument.startswith("resume=") for argument in rest):
+                rest = launch.resumed_arguments(rest)
+            sys.argv = [f"hydratron {command}", *rest]
+            with launch.sweep_definition_kept(rest):
+                launch.main(command)
         else:
             raise launch.InputError(f"unknown command {command!r}; known: {known()}")
     except (launch.InputError, HydraException, OmegaConfBaseException) as error:

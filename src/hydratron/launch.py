@@ -12,12 +12,15 @@ import datetime
 import importlib
 import importlib.metadata
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 import time
 import traceback
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,7 @@ FOREIGN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "NODE_RA
                      "TORCHELASTIC_", "PL_GLOBAL_SEED", "STANDALONE_PORT")  # fmt: skip
 SECONDS_TO_STOP = 60  # for a last checkpoint after SIGTERM, before SIGKILL
 PR_SET_PDEATHSIG = 1
+TERMINATED = 128 + signal.SIGTERM
 
 
 class InputError(ValueError):
@@ -58,12 +62,21 @@ def configuration_directory() -> Path:
 def main(command: str) -> None:
     """Run `command` as a Hydra application on sys.argv."""
 
-    def task(config: DictConfig) -> float | None:
-        return launch(command, config)
+    failures: list[Exception] = []
 
-    hydra.main(version_base="1.3", config_path=str(configuration_directory()), config_name=command)(
-        task
-    )()
+    def task(config: DictConfig) -> float | None:
+        try:
+            return launch(command, config)
+        except (InputError, JobFailed) as error:
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                raise  # Hydra lets the siblings run and raises at the end
+            failures.append(error)  # Hydra would print its own lines around a single run's
+            return None
+
+    tree = str(configuration_directory())
+    hydra.main(version_base="1.3", config_path=tree, config_name=command)(task)()
+    for error in failures:
+        raise error
 
 
 def launch(command: str, config: DictConfig) -> float | None:
@@ -72,6 +85,8 @@ def launch(command: str, config: DictConfig) -> float | None:
     run_dir = Path(job.runtime.output_dir)
     frozen = freeze(config, run_dir)
     overrides = override_dictionary(list(job.overrides.task))
+    if job.mode == RunMode.MULTIRUN and config.resume and is_done(run_dir):
+        return objective(run_dir)
     if is_external_launch():
         execute(command, frozen, run_dir, overrides)
     elif job.mode == RunMode.MULTIRUN:
@@ -81,7 +96,54 @@ def launch(command: str, config: DictConfig) -> float | None:
         run_children(command, frozen, run_dir, overrides, log=None)
     else:
         execute(command, frozen, run_dir, overrides)
-    return json.loads((run_dir / RESULT).read_text()).get("val/loss")
+    return objective(run_dir)
+
+
+def is_done(run_dir: Path) -> bool:
+    """Whether a job of an earlier sweep ended well in `run_dir`."""
+    path = run_dir / RESULT
+    return path.exists() and json.loads(path.read_text())["status"] == "ok"
+
+
+def objective(run_dir: Path) -> float | None:
+    """Return what a sweeper minimises, as a finished job's result has it."""
+    path = run_dir / RESULT  # only rank 0 writes it
+    return json.loads(path.read_text()).get("val/loss") if path.exists() else None
+
+
+def resumed_arguments(arguments: list[str]) -> list[str]:
+    """Turn `resume=DIR` into the arguments that made DIR, with those given now laid over them.
+
+    Raises:
+        InputError: DIR is no run directory (with -m: no sweep directory).
+    """
+    given = {a.partition("=")[0]: a for a in arguments if "=" in a}
+    directory = Path(given["resume"].partition("=")[2])
+    is_sweep = not {"-m", "--multirun"}.isdisjoint(arguments)
+    source = directory / ("multirun.yaml" if is_sweep else ".hydra/overrides.yaml")
+    if not source.is_file():
+        kind = "sweep" if is_sweep else "run"
+        raise InputError(f"resume={directory}: no {kind} directory, it has no {source.name}")
+    stored = OmegaConf.load(source)
+    if is_sweep:
+        stored = [*stored.hydra.overrides.task, *stored.hydra.overrides.hydra]
+    where = "hydra.sweep.dir" if is_sweep else "hydra.run.dir"
+    before = {text.partition("=")[0]: text for text in stored}
+    flags = [a for a in arguments if "=" not in a]
+    return [*flags, *(before | given | {where: f"{where}={directory}"}).values()]
+
+
+@contextlib.contextmanager
+def sweep_definition_kept(arguments: list[str]) -> Iterator[None]:
+    """Keep `multirun.yaml`, which says what the sweep is, from being replaced when it is resumed."""
+    given = dict(argument.partition("=")[::2] for argument in arguments)
+    path = Path(given.get("hydra.sweep.dir", "")) / "multirun.yaml"
+    definition = path.read_text() if "resume" in given and path.is_file() else None
+    try:
+        yield
+    finally:
+        if definition is not None:
+            path.write_text(definition)
 
 
 def freeze(config: DictConfig, run_dir: Path) -> DictConfig:
@@ -127,16 +189,20 @@ def execute(command: str, config: DictConfig, run_dir: Path, overrides: dict[str
     """Run the job in this process and, on rank 0, write its `result.json`, also on failure."""
     started = time.monotonic()
     outcome: dict[str, Any] = {"status": "failed"}
+    signal.signal(signal.SIGTERM, stop_at_once)  # until training begins and can checkpoint
     try:
         module = importlib.import_module(f"hydratron.commands.{command}")
+        quiet_libraries()  # after the import: Lightning sets its own level
         try:
             prepared = module.prepare(config)
         except ValueError as error:
             raise InputError(str(error)) from error
         outcome = {"status": "ok"} | module.run(prepared, run_dir)
         if outcome["status"] == "preempted":
-            raise JobFailed("stopped on request; resume=" + str(run_dir), status=143)
+            raise JobFailed("stopped on request; resume=" + str(run_dir), status=TERMINATED)
     except BaseException as error:
+        if isinstance(error, SystemExit) and error.code == TERMINATED:
+            outcome["status"] = "preempted"
         if outcome["status"] != "preempted":
             outcome["error"] = note_failure(run_dir, error)
         raise
@@ -144,6 +210,20 @@ def execute(command: str, config: DictConfig, run_dir: Path, overrides: dict[str
         if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0:
             outcome["duration_s"] = round(time.monotonic() - started, 3)
             write_result(command, config, run_dir, overrides, **outcome)
+
+
+def stop_at_once(*_: Any) -> None:
+    """End the process by way of its `finally` clauses."""
+    raise SystemExit(TERMINATED)
+
+
+def quiet_libraries() -> None:
+    """Leave the terminal to the run: advertisements and notes on torch's own transitions are not."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    # the sampler starts at the consumed samples; Lightning cannot know
+    warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before")
 
 
 def note_failure(run_dir: Path, error: BaseException) -> str:
@@ -228,9 +308,9 @@ def run_children(
     if log:
         print(job_line(run_dir, result), flush=True)
     if requested:
-        raise SystemExit(143)
+        raise SystemExit(TERMINATED)
     if result["status"] != "ok":
-        status = {"preempted": 143}.get(result["status"], 1)
+        status = {"preempted": TERMINATED}.get(result["status"], 1)
         raise JobFailed(f"{run_dir}: {result['error'] or result['status']}", status=status)
 
 

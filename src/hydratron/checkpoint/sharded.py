@@ -69,6 +69,11 @@ def global_optimizer_state(
     return state
 
 
+def _hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """What the schedule changes: the next step must find the learning rate it would have had."""
+    return [{k: g[k] for k in ("lr", "initial_lr") if k in g} for g in optimizer.param_groups]
+
+
 def _rng_state() -> dict[str, Tensor]:
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -103,7 +108,9 @@ def save_checkpoint(
     torch.save(_rng_state(), temporary / f"rng-{rank}.pt")
     if rank == 0:
         layout = {"tensor_parallel_size": mesh.tensor_parallel_size, "world_size": world_size}
-        torch.save({**loop_state, "layout": layout}, temporary / LOOPS)
+        hyperparameters = [_hyperparameters(optimizer) for optimizer in optimizers]
+        state = loop_state | {"layout": layout, "hyperparameters": hyperparameters}
+        torch.save(state, temporary / LOOPS)
     if world_size > 1:
         dist.barrier()
     if rank == 0:
@@ -130,6 +137,9 @@ def load_checkpoint(
         _initialize_optimizer(optimizer)
         state = global_optimizer_state(network, optimizer, mesh)
         dcp.load({f"optimizer_{index}": state}, checkpoint_id=directory)
+        stored = loop_state["hyperparameters"][index]
+        for group, values in zip(optimizer.param_groups, stored, strict=True):
+            group.update(values)
     layout = {"tensor_parallel_size": mesh.tensor_parallel_size, "world_size": world_size}
     if optimizers and loop_state["layout"] == layout:
         rng = torch.load(directory / f"rng-{rank}.pt", weights_only=True)

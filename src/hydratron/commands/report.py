@@ -18,7 +18,9 @@ FILE_WIDTH = 160
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line; argparse exits with status 2 on what it does not know."""
-    parser = argparse.ArgumentParser(prog="hydratron report", description=__doc__.partition(".")[0])
+    parser = argparse.ArgumentParser(
+        prog="hydratron report", description="Tables and figures from runs and sweeps."
+    )
     parser.add_argument("directories", nargs="+", type=Path, metavar="DIR", help="runs or sweeps")
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="default: report/ in the first DIR"

@@ -13,6 +13,12 @@ import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+# renamed in torch 2.13, where the first names warn
+_ALL_GATHER = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
+_REDUCE_SCATTER = (
+    getattr(collectives, "reduce_scatter_single", None) or collectives.reduce_scatter_tensor
+)
+
 
 def all_reduce(x: Tensor, operation: str, group: ProcessGroup) -> Tensor:
     """All-reduce `x` with `operation` ("sum" or "max") over `group`; outside autograd."""
@@ -21,14 +27,12 @@ def all_reduce(x: Tensor, operation: str, group: ProcessGroup) -> Tensor:
 
 def all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
     """Concatenate the ranks' `x` [T/t, ...] along dimension 0 into [T, ...]; outside autograd."""
-    return collectives.wait_tensor(collectives.all_gather_tensor(x.contiguous(), 0, group))
+    return collectives.wait_tensor(_ALL_GATHER(x.contiguous(), 0, group))
 
 
 def reduce_scatter(x: Tensor, group: ProcessGroup) -> Tensor:
     """Sum `x` [T, ...] over the group and keep this rank's rows [T/t, ...]; outside autograd."""
-    return collectives.wait_tensor(
-        collectives.reduce_scatter_tensor(x.contiguous(), "sum", 0, group)
-    )
+    return collectives.wait_tensor(_REDUCE_SCATTER(x.contiguous(), "sum", 0, group))
 
 
 class _Gather(torch.autograd.Function):

@@ -8,14 +8,18 @@ import numpy as np
 import torch
 from pytorch_lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedTokenizerFast
 
 from hydratron.data.bert import BertSamples, BertSampleSettings, max_predictions
 from hydratron.data.gpt2 import Gpt2Samples
 from hydratron.data.indexed import IndexedCorpus, split_by_document
 from hydratron.data.sampler import ConsumedSamplesSampler, ShardedValidationSampler, collate
 from hydratron.data.text import prepare_text_corpus
-from hydratron.data.tokenizer import load_tokenizer, special_tokens, word_start_table
+from hydratron.data.tokenizer import (
+    PreTrainedTokenizerFast,
+    load_tokenizer,
+    special_tokens,
+    word_start_table,
+)
 from hydratron.models.config import ModelConfig
 from hydratron.training.strategy import TensorParallelStrategy
 

@@ -128,10 +128,10 @@ class PretrainingModule(LightningModule):
         """What the summed losses of the global batch are divided by, added over the data axis."""
         assert self.network is not None
         counts = self.network.loss_counts(batch)
-        if self.mesh.dp_group is None:
-            return counts
-        total = all_reduce(torch.stack(list(counts.values())), "sum", self.mesh.dp_group)
-        return dict(zip(counts, total.unbind(), strict=True))
+        total = torch.stack(list(counts.values()))
+        if self.mesh.dp_group is not None:
+            total = all_reduce(total, "sum", self.mesh.dp_group)
+        return dict(zip(counts, total.clamp(min=1).unbind(), strict=True))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Forward and backward over the micro-batches, then one optimizer step."""

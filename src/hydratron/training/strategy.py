@@ -21,10 +21,10 @@ from pytorch_lightning.plugins import MixedPrecision
 from pytorch_lightning.strategies import ParallelStrategy
 from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor, nn
-from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.nn.parallel import DistributedDataParallel
 
 from hydratron.checkpoint import sharded
+from hydratron.parallel.grad_scaler import SharedGradScaler
 from hydratron.parallel.mesh import ParallelMesh, build_mesh
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
@@ -124,7 +124,7 @@ class TensorParallelStrategy(ParallelStrategy):
         """Let an fp16 overflow on one rank skip the step on all; GradScaler asks no peer."""
         plugin = self.precision_plugin
         if self.world_size > 1 and isinstance(plugin, MixedPrecision) and plugin.scaler is not None:
-            scaler = ShardedGradScaler(self.root_device.type, process_group=dist.group.WORLD)
+            scaler = SharedGradScaler(self.root_device.type)
             scaler.load_state_dict(plugin.scaler.state_dict())
             plugin.scaler = scaler
 

@@ -1,0 +1,365 @@
+"""Run directories as data: each job's result, overrides and logged metrics, and which jobs of a
+sweep are missing.
+"""
+
+import json
+import math
+import re
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+STATUSES = ("ok", "failed", "preempted", "running", "missing")
+# The seed is the axis that is summarised, never a group; the others say where a run lives, not what
+# it is.
+NEVER_SWEPT = frozenset({"seed", "resume", "logger"})
+# Facts of result.json that tell runs apart even where no override names them (other experiment
+# files).
+RESULT_KEYS = ("model", "size", "layernorm", "tensor_parallel_size", "data_parallel_size")
+KEY_ORDER = ("task", "model", "size", "model.num_layers", "layernorm", "optimizer.lr")
+
+
+def parse_value(value: Any) -> Any:
+    """A Hydra override value as a number, bool, None or string (YAML alone would leave 1e-3 a
+    string).
+    """
+    if not isinstance(value, str):
+        return value if value is None or isinstance(value, int | float | bool) else str(value)
+    text = value.strip()
+    if text.lower() in ("null", "true", "false"):
+        return {"null": None, "true": True, "false": False}[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text.strip("'\"")
+
+
+def parse_overrides(lines: Iterable[str]) -> dict[str, Any]:
+    """Hydra's `key=value` lines as a dict; the `+` of an added key is dropped, a deletion (`~key`)
+    ignored.
+    """
+    pairs = (line.lstrip("+").partition("=") for line in lines if not line.startswith("~"))
+    return {key: parse_value(value) for key, _, value in pairs}
+
+
+def _split_top_level(text: str) -> list[str]:
+    """Split at the commas that stand outside brackets and quotes."""
+    parts, depth, quote = [""], 0, ""
+    for char in text:
+        if quote:
+            quote = "" if char == quote else quote
+        elif char in "'\"":
+            quote = char
+        depth += (not quote) * ((char in "([{") - (char in ")]}"))
+        if char == "," and depth == 0 and not quote:
+            parts.append("")
+        else:
+            parts[-1] += char
+    return parts
+
+
+def sweep_choices(value: Any) -> list[Any] | None:
+    """The values that one override of a multirun takes, as Hydra's basic sweeper reads it.
+
+    `a,b`, `choice(a,b)` and `range(start,stop,step)` are understood; None for what cannot be
+    counted from the text alone (`glob(*)`, `interval(0,1)`).
+    """
+    text = str(value).strip()
+    call = re.fullmatch(r"(\w+)\((.*)\)", text, re.DOTALL)
+    if call is None:
+        return [parse_value(part) for part in _split_top_level(text)]
+    name, arguments = call[1], _split_top_level(call[2])
+    if name == "choice":
+        return [parse_value(part) for part in arguments]
+    if name == "range":
+        numbers = [parse_value(part.rpartition("=")[2]) for part in arguments]
+        if all(isinstance(number, int | float) for number in numbers):
+            start, stop, step = (0, *numbers, 1)[:3] if len(numbers) == 1 else (*numbers, 1)[:3]
+            return [start + i * step for i in range(max(0, math.ceil((stop - start) / step)))]
+    return None
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError):  # not written yet, or cut off by a kill
+        return None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One job's directory. `result` is empty while the job runs, or when it was killed before it
+    could write.
+    """
+
+    path: Path
+    result: dict[str, Any]
+    overrides: dict[str, Any]
+
+    @property
+    def status(self) -> str:
+        """ok, failed or preempted as the job wrote it; running when it wrote no result (or was
+        killed).
+        """
+        return str(self.result.get("status", "running"))
+
+    @property
+    def command(self) -> str:
+        return str(self.result.get("command", "pretrain"))
+
+    @property
+    def error(self) -> str:
+        """The first line of the error, never empty for a failed run."""
+        lines = str(self.result.get("error") or "no error was recorded").strip().splitlines()
+        return lines[0]
+
+    @property
+    def seed(self) -> Any:
+        return self.value("seed")
+
+    @cached_property
+    def _config(self) -> dict[str, Any]:
+        return _read_yaml(self.path / ".hydra" / "config.yaml") or {}
+
+    @cached_property
+    def _choices(self) -> dict[str, Any]:
+        hydra = (_read_yaml(self.path / ".hydra" / "hydra.yaml") or {}).get("hydra") or {}
+        return (hydra.get("runtime") or {}).get("choices") or {}
+
+    def value(self, key: str) -> Any:
+        """What `key` was in this run: its override, else the result's, else the configuration's;
+        None if unknown.
+        """
+        if key in self.overrides:
+            return self.overrides[key]
+        if self.result.get(key) is not None:
+            return parse_value(self.result[key])
+        node: Any = self._config
+        for part in key.split("."):
+            node = node.get(part) if isinstance(node, dict) else None
+        if node is None or isinstance(node, dict):  # a group: its name is a choice, not a value
+            node = self._choices.get(key)
+        return parse_value(node)
+
+    @cached_property
+    def metrics(self) -> pd.DataFrame:
+        """metrics.csv indexed by step, one row per step; empty if nothing was logged."""
+        return read_metrics(self.path / "metrics.csv")
+
+    def series(self, metric: str) -> pd.Series:
+        """The logged values of a metric by step. A logged nan is given as inf, so that it cannot
+        pass for a gap.
+        """
+        if metric not in self.metrics:
+            return pd.Series(dtype=float)
+        return pd.Series(self.metrics[metric]).dropna()
+
+    def final(self, metric: str) -> float | None:
+        """The metric's final value: from result.json, else the last one logged; nan counts as inf;
+        None if absent.
+        """
+        if metric in self.result:
+            value = parse_value(self.result[metric])
+            number = float(value) if isinstance(value, int | float) else math.inf
+            return math.inf if math.isnan(number) else number
+        series = self.series(metric)
+        return None if series.empty else float(series.iloc[-1])
+
+    @property
+    def last_written(self) -> float:
+        """When the job last wrote its metrics, or else started (Unix seconds)."""
+        candidates = (self.path / "metrics.csv", self.path / ".hydra" / "overrides.yaml", self.path)
+        return next(path.stat().st_mtime for path in candidates if path.exists())
+
+    @property
+    def started(self) -> float:
+        """When Hydra wrote the job's configuration (Unix seconds)."""
+        hydra = self.path / ".hydra" / "overrides.yaml"
+        return (hydra if hydra.exists() else self.path).stat().st_mtime
+
+
+def read_metrics(path: Path) -> pd.DataFrame:
+    """Read a metrics.csv as floats by step, also one that is being written, or was resumed and
+    repeats steps.
+    """
+    text = path.read_text() if path.exists() else ""
+    text = text[: text.rfind("\n") + 1]  # a row without its line end is not all there
+    if not text.strip():
+        return pd.DataFrame()
+    lines = [line.split(",") for line in text.splitlines() if line.strip()]
+    header, *rows = lines
+    frame = pd.DataFrame([row for row in rows if len(row) == len(header)], columns=header)
+    if "step" not in frame:
+        return pd.DataFrame()
+    # An empty cell is a gap and a "nan" is a result: pandas' own reader takes one for the other.
+    frame = frame.replace(to_replace=r"(?i)^[+-]?nan$", value="inf", regex=True)
+    frame = pd.DataFrame({name: pd.to_numeric(frame[name], errors="coerce") for name in frame})
+    known = pd.DataFrame(frame[frame["step"].notna()])
+    return known.astype({"step": int}).groupby("step").last()
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A Hydra multirun directory: the jobs it was to run. `expected` is None where they cannot be
+    counted.
+    """
+
+    path: Path
+    expected: int | None
+    combinations: list[dict[str, Any]]
+
+    def missing(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
+        """The combinations of swept values that no run of this sweep has."""
+        here = [run.overrides for run in runs if run.path.is_relative_to(self.path)]
+        return [
+            wanted
+            for wanted in self.combinations
+            if not any(wanted.items() <= overrides.items() for overrides in here)
+        ]
+
+
+def load_sweep(path: Path) -> Sweep | None:
+    """Read `path/multirun.yaml`; None if it is no sweep of its own (one that resumes another)."""
+    hydra = (_read_yaml(path / "multirun.yaml") or {}).get("hydra") or {}
+    overrides = (hydra.get("overrides") or {}).get("task") or []
+    sweeper = hydra.get("sweeper") or {}
+    texts = {str(key): value for key, value in (sweeper.get("params") or {}).items()}
+    texts |= {line.partition("=")[0]: line.partition("=")[2] for line in overrides}
+    texts = {key.lstrip("+"): value for key, value in texts.items() if not key.startswith("~")}
+    if "resume" in texts:
+        return None
+    if sweeper.get("n_trials") is not None:  # a search, not a grid: values are drawn as it goes
+        return Sweep(path, int(sweeper["n_trials"]), [])
+    choices = {key: sweep_choices(value) for key, value in texts.items()}
+    if any(values is None for values in choices.values()):
+        return Sweep(path, None, [])
+    swept = {key: values for key, values in choices.items() if values and len(values) > 1}
+    combinations = [dict(zip(swept, values, strict=True)) for values in product(*swept.values())]
+    return Sweep(path, len(combinations), combinations)
+
+
+def load_run(path: Path) -> Run:
+    """Read one run directory; a result.json that is no JSON object means failed."""
+    result: Any = {}
+    if (path / "result.json").exists():
+        try:
+            result = json.loads((path / "result.json").read_text())
+        except json.JSONDecodeError as error:
+            result = {"status": "failed", "error": f"result.json is not JSON: {error}"}
+        if not isinstance(result, dict):
+            result = {"status": "failed", "error": "result.json is not an object"}
+    written = result.get("overrides")
+    if isinstance(written, dict):
+        overrides = {key.lstrip("+"): parse_value(value) for key, value in written.items()}
+    else:
+        overrides = parse_overrides(_read_yaml(path / ".hydra" / "overrides.yaml") or [])
+    return Run(path, result, overrides)
+
+
+def _walk(directory: Path) -> Iterator[Path]:
+    """`directory` and what lies below it, but nothing inside a run: its checkpoints hold thousands
+    of files.
+    """
+    yield directory
+    if is_run(directory) and not (directory / "multirun.yaml").exists():
+        return
+    for child in sorted(directory.iterdir(), key=lambda path: (len(path.name), path.name)):
+        if child.is_dir() and not child.is_symlink() and child.name != ".hydra":
+            yield from _walk(child)
+
+
+def is_run(path: Path) -> bool:
+    """Whether a job has started in `path`."""
+    return (path / "result.json").exists() or (path / ".hydra" / "overrides.yaml").exists()
+
+
+@dataclass(frozen=True)
+class Collection:
+    """All runs and sweeps found below the directories that were asked for."""
+
+    runs: list[Run]
+    sweeps: list[Sweep]
+
+    @cached_property
+    def missing(self) -> list[dict[str, Any]]:
+        """Swept values of the jobs that should be there and are not, over all sweeps."""
+        return [wanted for sweep in self.sweeps for wanted in sweep.missing(self.runs)]
+
+    @cached_property
+    def counts(self) -> dict[str, int]:
+        """How many jobs there are of each status, missing ones included."""
+        counts: dict[str, int] = {status: 0 for status in STATUSES}
+        for run in self.runs:
+            counts[run.status] = counts.get(run.status, 0) + 1
+        for sweep in self.sweeps:
+            here = sum(run.path.is_relative_to(sweep.path) for run in self.runs)
+            known = len(sweep.missing(self.runs))
+            counts["missing"] += (
+                known if sweep.combinations else max(0, (sweep.expected or 0) - here)
+            )
+        return counts
+
+    @property
+    def num_expected(self) -> int:
+        return sum(self.counts.values())
+
+    @property
+    def complete(self) -> bool:
+        """Whether every expected job has ended, well or not."""
+        return bool(self.runs) and self.counts["running"] == self.counts["missing"] == 0
+
+    def describe(self) -> str:
+        """One line: `8 of 8 jobs ok`, or `partial: 5 of 8 jobs ok, 1 failed, 2 missing`."""
+        counts = self.counts
+        text = f"{counts['ok']} of {self.num_expected} jobs ok"
+        for status, count in counts.items():
+            if status != "ok" and count:
+                text += f", {count} " + ("running or killed" if status == "running" else status)
+        running = [run.last_written for run in self.runs if run.status == "running"]
+        if running:
+            text += f" (last wrote {(time.time() - max(running)) / 60:.0f} min ago)"
+        return text if counts["ok"] == self.num_expected else f"partial: {text}"
+
+
+def load_runs(directories: Sequence[Path]) -> Collection:
+    """Find every run and sweep below `directories`, each once. ValueError for a path that is no
+    directory.
+    """
+    runs: dict[Path, Run] = {}
+    sweeps: dict[Path, Sweep] = {}
+    for directory in directories:
+        if not directory.is_dir():
+            raise ValueError(f"{directory} is not a directory")
+        for path in _walk(directory.resolve()):
+            if path not in runs and is_run(path):
+                runs[path] = load_run(path)
+            if path not in sweeps and (path / "multirun.yaml").exists():
+                sweep = load_sweep(path)
+                if sweep is not None:
+                    sweeps[path] = sweep
+    return Collection(list(runs.values()), list(sweeps.values()))
+
+
+def find_swept_keys(runs: Sequence[Run]) -> list[str]:
+    """The keys whose values differ between runs, never `seed`, in the order a table shows them.
+
+    A fact of result.json (model, size, ...) joins only if it tells apart runs that the overrides do
+    not.
+    """
+    named = {key for run in runs for key in run.overrides} - NEVER_SWEPT
+    keys = sorted(key for key in named if len({run.value(key) for run in runs}) > 1)
+    for key in RESULT_KEYS:
+        groups = {tuple(run.value(name) for name in keys) for run in runs}
+        split = {tuple(run.value(name) for name in (*keys, key)) for run in runs if run.result}
+        if key not in keys and len(split) > len(groups):
+            keys.append(key)
+    return sorted(keys, key=lambda key: (KEY_ORDER.index(key) if key in KEY_ORDER else 99, key))

@@ -1,0 +1,111 @@
+import math
+from itertools import product
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+
+from hydratron.report.curves import assign_keys, curve_range
+from hydratron.report.figures import draw_figures
+from hydratron.report.groups import split_sections
+from hydratron.report.runs import load_runs
+
+
+def section_of(writer):
+    (section,) = split_sections(load_runs([writer.root]))
+    return section
+
+
+def assert_drawn(png: Path) -> None:
+    """The PNG has ink on it, and an SVG lies beside it."""
+    image = matplotlib.image.imread(png)
+    assert min(image.shape[:2]) > 250
+    assert 0.01 < (image[..., :3].min(axis=2) < 0.9).mean() < 0.9
+    assert png.with_suffix(".svg").stat().st_size > 5_000
+
+
+def test_the_ablation_gets_loss_curves_and_no_throughput_noise(ablation, tmp_path):
+    figures = draw_figures(section_of(ablation), tmp_path)
+    assert [path.name for path in figures] == ["loss_curves.png"]
+    assert_drawn(figures[0])
+
+
+def test_depth_and_learning_rate_get_a_divergence_map_and_loss_by_size(writer, tmp_path):
+    for lr, depth, placement in product((0.001, 0.01), (6, 12), ("pre", "post")):
+        if (lr, depth, placement) == (0.01, 12, "pre"):
+            continue  # not run yet: hatched
+        loss = math.inf if (lr, placement) == (0.01, "post") else 2.0 + lr * depth
+        overrides = {"optimizer.lr": lr, "model.num_layers": depth, "layernorm": placement}
+        result = {"val/loss": loss, "num_parameters": depth * 50_000, "layernorm": placement}
+        metrics = f"step,train/loss,val/loss\n1,4,4\n2,3,3\n3,{loss},{loss}\n"
+        speed = {"perf/tokens_per_second": 1000 / depth}
+        name = f"{lr}-{depth}-{placement}"
+        writer.run(name, overrides, result=result | speed, metrics=metrics)
+    section = section_of(writer)
+    figures = draw_figures(section, tmp_path, "pretrain_")
+    names = ["loss_curves", "loss_by_size", "divergence_map", "throughput"]
+    assert [path.stem for path in figures] == [f"pretrain_{name}" for name in names]
+    for path in figures:
+        assert_drawn(path)
+    layout = assign_keys(section)
+    assert (layout.column, layout.row, layout.lines) == (
+        "optimizer.lr",
+        "model.num_layers",
+        ["layernorm"],
+    )
+    assert layout.shape == (2, 2)
+
+
+def test_a_benchmark_shows_throughput_first(writer, tmp_path):
+    for size in (1, 2):
+        result = {"command": "benchmark", "perf/tflops_per_gpu": 100.0 + size}
+        metrics = "step,train/loss\n1,4\n2,3\n"
+        writer.run(str(size), {"parallel": f"tp{size}"}, result=result, metrics=metrics)
+    figures = draw_figures(section_of(writer), tmp_path)
+    assert figures[0].name == "throughput.png"
+    assert_drawn(figures[0])
+
+
+def test_scores_are_drawn_by_group(writer, tmp_path):
+    for task, seed in product(("mnli", "qqp"), (1, 2)):
+        result = {"command": "finetune", "val/accuracy": 0.8 + seed / 100}
+        writer.run(f"{task}{seed}", {"task": task, "seed": seed}, result=result)
+    (figure,) = draw_figures(section_of(writer), tmp_path)
+    assert figure.name == "val_accuracy.png"
+    assert_drawn(figure)
+
+
+def test_curves_are_median_and_range_at_each_step(writer):
+    for seed, losses in enumerate(((4, 3), (4.4, 2), (5, 2.2))):
+        rows = "".join(f"{step},{loss}\n" for step, loss in enumerate(losses))
+        result = {"val/loss": losses[-1]}
+        writer.run(str(seed), {"seed": seed}, result=result, metrics=f"step,val/loss\n{rows}")
+    (group,) = section_of(writer).groups
+    curve = curve_range(group, "val/loss")
+    assert curve.loc[0].to_dict() == {"median": 4.4, "min": 4, "max": 5}
+    assert curve.loc[1].to_dict() == {"median": 2.2, "min": 2, "max": 3}
+
+
+def test_a_run_that_diverged_and_stopped_does_not_leave_the_curve(writer):
+    writer.run("1", {"seed": 1}, result={"val/loss": 2.0}, metrics="step,val/loss\n1,4\n2,3\n3,2\n")
+    error = {"status": "failed", "error": "loss is nan"}
+    writer.run("2", {"seed": 2}, result=error, metrics="step,val/loss\n1,4\n2,nan\n")
+    (group,) = section_of(writer).groups
+    curve = curve_range(group, "val/loss")
+    assert list(curve["median"]) == [4, math.inf, math.inf]
+    assert list(curve["min"]) == [4, 3, 2]
+
+
+@pytest.mark.parametrize("metrics", [None, "step,train/loss\n"])
+def test_runs_without_metrics_draw_nothing(writer, tmp_path, metrics):
+    writer.run("a", {}, result={}, metrics=metrics)
+    assert draw_figures(section_of(writer), tmp_path) == []
+
+
+def test_the_same_runs_give_the_same_svg(ablation, tmp_path):
+    texts = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (figure,) = draw_figures(section_of(ablation), tmp_path / name)
+        texts.append(figure.with_suffix(".svg").read_bytes())
+    assert texts[0] == texts[1]

@@ -1,0 +1,108 @@
+import math
+
+import pytest
+
+from hydratron.report.groups import Spread, has_diverged, split_sections
+from hydratron.report.runs import load_run, load_runs
+
+
+def section_of(writer):
+    (section,) = split_sections(load_runs([writer.root]))
+    return section
+
+
+def test_median_range_and_n_over_seeds(ablation):
+    section = section_of(ablation)
+    assert section.keys == ["layernorm", "optimizer.lr"]
+    spreads = {tuple(g.values.values()): g.spread("val/loss") for g in section.groups}
+    assert spreads["pre", 0.003].median == pytest.approx(2.43)
+    assert (spreads["pre", 0.003].min, spreads["pre", 0.003].max) == (2.41, pytest.approx(2.45))
+    assert {spread.n for spread in spreads.values()} == {2}
+
+
+def test_diverged_share_counts_losses_above_the_unigram_entropy(ablation):
+    section = section_of(ablation)
+    diverged = {tuple(g.values.values()): g.num_diverged for g in section.groups}
+    assert diverged == {
+        ("post", 0.001): 0,
+        ("post", 0.003): 2,
+        ("pre", 0.001): 0,
+        ("pre", 0.003): 0,
+    }
+    assert section.unigram_entropies == [2.91]
+
+
+def test_the_median_is_the_middle_of_three_and_the_best_is_the_lowest(writer):
+    for placement, losses in {"pre": (2.0, 2.5, 2.1), "post": (2.6, 1.9, 2.7)}.items():
+        for seed, loss in enumerate(losses):
+            overrides = {"layernorm": placement, "seed": seed}
+            writer.run(f"{placement}{seed}", overrides, result={"val/loss": loss})
+    section = section_of(writer)
+    assert [g.spread("val/loss").median for g in section.groups] == [2.6, 2.1]
+    assert section.best("val/loss") == {1}
+    assert section.is_close("val/loss")
+
+
+def test_scores_are_better_when_higher_and_compared_within_a_task(writer):
+    values = {("mnli", 1): 0.8, ("mnli", 2): 0.7, ("qqp", 1): 0.9, ("qqp", 2): 0.91}
+    for (task, epochs), value in values.items():
+        overrides = {"task": task, "task.epochs": epochs}
+        result = {"command": "finetune", "val/accuracy": value}
+        writer.run(f"{task}{epochs}", overrides, result=result)
+    section = section_of(writer)
+    assert section.main_metrics == ["val/accuracy"]
+    assert {tuple(section.groups[i].values.values()) for i in section.best("val/accuracy")} == {
+        ("mnli", 1),
+        ("qqp", 2),
+    }
+
+
+def test_a_larger_model_is_not_worse_for_being_slower(writer):
+    for size, value in {"tiny": 50, "mini": 40}.items():
+        result = {"command": "benchmark", "size": size, "perf/tflops_per_gpu": value}
+        writer.run(size, {"size": size}, result=result)
+    assert section_of(writer).best("perf/tflops_per_gpu") == set()
+
+
+@pytest.mark.parametrize(
+    ("result", "diverged"),
+    [
+        ({"val/loss": 2.0}, False),
+        ({"val/loss": math.nan}, True),
+        ({"val/loss": None}, True),
+        ({"val/loss": "inf"}, True),
+        ({"val/loss": 2.0, "train/loss": math.inf}, True),
+        ({"val/loss": 3.0, "val/unigram_entropy": 2.91}, True),
+        ({"val/loss": 2.9, "val/unigram_entropy": 2.91}, False),
+        # masked LM + sentence order: only the language-model part compares with an entropy
+        ({"val/loss": 3.2, "val/mlm_loss": 2.5, "val/unigram_entropy": 2.91}, False),
+        ({"status": "failed", "error": "loss is not finite at step 7"}, True),
+        ({"status": "failed", "error": "information: no space left on device"}, False),
+    ],
+)
+def test_a_run_has_diverged(writer, result, diverged):
+    assert has_diverged(load_run(writer.run("a", {}, result=result))) is diverged
+
+
+def test_a_run_stopped_by_an_infinite_loss_stays_in_the_median(writer):
+    writer.run("1", {"seed": 1}, result={"val/loss": 2.0})
+    writer.run("2", {"seed": 2}, result={"val/loss": 2.2})
+    error = {"status": "failed", "error": "loss not finite"}
+    writer.run("3", {"seed": 3}, result=error, metrics="step,val/loss\n1,4.0\n2,nan\n")
+    writer.run("4", {"seed": 4}, result={"status": "failed", "error": "disk full", "val/loss": 1.0})
+    (group,) = section_of(writer).groups
+    assert group.spread("val/loss") == Spread(median=2.2, min=2.0, max=math.inf, n=3)
+    assert (group.num_diverged, len(group.judged)) == (1, 3)
+
+
+def test_sizes_are_in_the_order_of_their_parameters(writer):
+    for size, count in {"752m": 752e6, "mini": 5e6, "1.3b": 1.3e9}.items():
+        writer.run(size, {"size": size}, result={"size": size, "num_parameters": count})
+    assert [g.values["size"] for g in section_of(writer).groups] == ["mini", "752m", "1.3b"]
+
+
+def test_each_command_is_a_section(writer):
+    writer.run("a", {}, result={})
+    writer.run("b", {}, result={"command": "finetune"})
+    sections = split_sections(load_runs([writer.root]))
+    assert [section.command for section in sections] == ["pretrain", "finetune"]
