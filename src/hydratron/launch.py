@@ -135,7 +135,7 @@ def resumed_arguments(arguments: list[str]) -> list[str]:
 
 @contextlib.contextmanager
 def sweep_definition_kept(arguments: list[str]) -> Iterator[None]:
-    """Keep `multirun.yaml`, which says what the sweep is, from being replaced when it is resumed."""
+    """Keep `multirun.yaml`, which says what the sweep is, as it was while it is resumed."""
     given = dict(argument.partition("=")[::2] for argument in arguments)
     path = Path(given.get("hydra.sweep.dir", "")) / "multirun.yaml"
     definition = path.read_text() if "resume" in given and path.is_file() else None
@@ -218,7 +218,7 @@ def stop_at_once(*_: Any) -> None:
 
 
 def quiet_libraries() -> None:
-    """Leave the terminal to the run: advertisements and notes on torch's own transitions are not."""
+    """Leave the terminal to the run, without advertisements and notes on torch's transitions."""
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -304,7 +304,9 @@ def run_children(
         finally:
             end_tree(process)
             signal.signal(signal.SIGTERM, previous)
-    result = completed_result(command, config, run_dir, overrides, process.returncode, started)
+            result = completed_result(
+                command, config, run_dir, overrides, process.returncode, started
+            )
     if log:
         print(job_line(run_dir, result), flush=True)
     if requested:

@@ -34,7 +34,8 @@ def build(cls: type[ConfigT], node: DictConfig, *, name: str) -> ConfigT:
     schema = OmegaConf.structured(cls)
     OmegaConf.set_readonly(schema, False)
     try:
-        values: Any = OmegaConf.to_object(OmegaConf.merge(schema, node))
+        given = OmegaConf.to_container(node, resolve=True)
+        values: Any = OmegaConf.to_object(OmegaConf.merge(schema, given))
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{name}.{getattr(error, 'full_key', '')}: {reason}") from error

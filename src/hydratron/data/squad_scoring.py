@@ -75,13 +75,13 @@ def mean_span_logits(runs: Sequence[SpanLogits]) -> SpanLogits:
 
     def mean(arrays: tuple[np.ndarray, ...]) -> np.ndarray:
         width = min(len(array) for array in arrays)  # runs may have padded differently
-        return np.mean([array[:width] for array in arrays], axis=0, dtype=np.float64)
+        return np.asarray(np.mean([array[:width] for array in arrays], axis=0, dtype=np.float64))
 
     answerable = [run.answerable for run in runs if run.answerable is not None]
     return SpanLogits(
         [mean(arrays) for arrays in zip(*(run.start for run in runs), strict=True)],
         [mean(arrays) for arrays in zip(*(run.end for run in runs), strict=True)],
-        np.mean(answerable, axis=0, dtype=np.float64) if answerable else None,
+        np.asarray(np.mean(answerable, axis=0, dtype=np.float64)) if answerable else None,
     )
 
 
