@@ -46,6 +46,7 @@ def main() -> None:
             rest = arguments[1:]
             if any(argument.startswith("resume=") for argument in rest):
                 rest = launch.resumed_arguments(rest)
+            launch.refuse_overwriting(rest)
             sys.argv = [f"hydratron {command}", *rest]
             with launch.sweep_definition_kept(rest):
                 launch.main(command)

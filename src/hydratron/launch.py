@@ -8,31 +8,36 @@ processes, those are used.
 
 import contextlib
 import ctypes
-import datetime
 import importlib
-import importlib.metadata
-import json
 import logging
 import os
 import signal
 import subprocess
 import sys
 import time
-import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from hydratron.result import (
+    FAILURE,
+    RESULT,
+    Job,
+    completed_result,
+    job_line,
+    note_failure,
+    read_result,
+    write_result,
+)
+
 FROZEN_CONFIG = ".hydra/resolved.yaml"
-FAILURE = ".hydra/failure.json"
 OUTPUT = "output.log"
-RESULT = "result.json"
 # the process's place in some other job: must not leak into a job's own process tree
 FOREIGN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "NODE_RANK", "MASTER_",
                      "TORCHELASTIC_", "PL_GLOBAL_SEED", "STANDALONE_PORT")  # fmt: skip
@@ -81,34 +86,32 @@ def main(command: str) -> None:
 
 def launch(command: str, config: DictConfig) -> float | None:
     """Run one Hydra job; return its objective (`val/loss`) for a sweeper."""
-    job = HydraConfig.get()
-    run_dir = Path(job.runtime.output_dir)
-    frozen = freeze(config, run_dir)
-    overrides = override_dictionary(list(job.overrides.task))
-    if job.mode == RunMode.MULTIRUN and config.resume and is_done(run_dir):
+    hydra_config = HydraConfig.get()
+    run_dir = Path(hydra_config.runtime.output_dir)
+    is_sweep = hydra_config.mode == RunMode.MULTIRUN
+    if is_sweep and config.get("resume") and read_result(run_dir).get("status") == "ok":
         return objective(run_dir)
+    job = Job(
+        command,
+        run_dir,
+        freeze(config, run_dir),
+        override_dictionary(list(hydra_config.overrides.task)),
+    )
     if is_external_launch():
-        execute(command, frozen, run_dir, overrides)
-    elif job.mode == RunMode.MULTIRUN:
-        run_children(command, frozen, run_dir, overrides, log=run_dir / OUTPUT)
-    elif num_local_devices(frozen) > 1:
-        check(command, frozen, run_dir, overrides)
-        run_children(command, frozen, run_dir, overrides, log=None)
+        execute(job)
+    elif is_sweep:
+        run_children(job, log=run_dir / OUTPUT)
+    elif num_local_devices(job.config) > 1:
+        check(job)
+        run_children(job, log=None)
     else:
-        execute(command, frozen, run_dir, overrides)
+        execute(job)
     return objective(run_dir)
 
 
-def is_done(run_dir: Path) -> bool:
-    """Whether a job of an earlier sweep ended well in `run_dir`."""
-    path = run_dir / RESULT
-    return path.exists() and json.loads(path.read_text())["status"] == "ok"
-
-
 def objective(run_dir: Path) -> float | None:
-    """Return what a sweeper minimises, as a finished job's result has it."""
-    path = run_dir / RESULT  # only rank 0 writes it
-    return json.loads(path.read_text()).get("val/loss") if path.exists() else None
+    """Return what a sweeper minimises; None on ranks other than 0, which write no result."""
+    return read_result(run_dir).get("val/loss")
 
 
 def resumed_arguments(arguments: list[str]) -> list[str]:
@@ -146,13 +149,29 @@ def sweep_definition_kept(arguments: list[str]) -> Iterator[None]:
             path.write_text(definition)
 
 
-def freeze(config: DictConfig, run_dir: Path) -> DictConfig:
+def refuse_overwriting(arguments: list[str]) -> None:
+    """Raise InputError where a new run or sweep would write over an old one.
+
+    A preempted run is the exception: the same command goes on with it.
+    """
+    given = dict(argument.partition("=")[::2] for argument in arguments)
+    if "resume" in given:
+        return
+    run_dir, sweep_dir = given.get("hydra.run.dir"), given.get("hydra.sweep.dir")
+    if {"-m", "--multirun"}.isdisjoint(arguments):
+        if run_dir and read_result(Path(run_dir)).get("status") in ("ok", "failed"):
+            raise InputError(f"{run_dir} holds a run already; resume={run_dir} goes on with it")
+    elif sweep_dir and (Path(sweep_dir) / "multirun.yaml").exists():
+        raise InputError(f"{sweep_dir} holds a sweep already; -m resume={sweep_dir} completes it")
+
+
+def freeze(config: DictConfig, run_dir: Path) -> dict[str, Any]:
     """Resolve every interpolation once and leave the result where worker processes read it."""
     OmegaConf.resolve(config)
     path = run_dir / FROZEN_CONFIG
     path.parent.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(config, path)
-    return config
+    return cast(dict[str, Any], OmegaConf.to_container(config))
 
 
 def override_dictionary(overrides: list[str]) -> dict[str, str]:
@@ -167,49 +186,49 @@ def is_external_launch() -> bool:
     return int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in os.environ
 
 
-def num_local_devices(config: DictConfig) -> int:
+def num_local_devices(config: Mapping[str, Any]) -> int:
     """Return the processes of this node: `trainer.devices`, else what the parallel layout needs."""
-    if config.trainer.devices:
-        return int(config.trainer.devices)
-    parallel = config.parallel
-    total = int(parallel.tensor_parallel_size) * int(parallel.data_parallel_size)
-    return max(1, total // int(config.trainer.num_nodes))
+    trainer, parallel = config.get("trainer") or {}, config.get("parallel") or {}
+    if trainer.get("devices"):
+        return int(trainer["devices"])
+    world_size = parallel.get("tensor_parallel_size", 1) * parallel.get("data_parallel_size", 1)
+    return max(1, world_size // trainer.get("num_nodes", 1))
 
 
-def check(command: str, config: DictConfig, run_dir: Path, overrides: dict[str, str]) -> None:
+def check(job: Job) -> None:
     """Raise InputError for wrong input before any worker exists."""
     try:
-        importlib.import_module(f"hydratron.commands.{command}").prepare(config)
+        importlib.import_module(f"hydratron.commands.{job.command}").prepare(job.config)
     except ValueError as error:
-        write_result(command, config, run_dir, overrides, status="failed", error=str(error))
+        write_result(job, status="failed", error=str(error), duration_s=0.0)
         raise InputError(str(error)) from error
 
 
-def execute(command: str, config: DictConfig, run_dir: Path, overrides: dict[str, str]) -> None:
+def execute(job: Job) -> None:
     """Run the job in this process and, on rank 0, write its `result.json`, also on failure."""
     started = time.monotonic()
     outcome: dict[str, Any] = {"status": "failed"}
     signal.signal(signal.SIGTERM, stop_at_once)  # until training begins and can checkpoint
     try:
-        module = importlib.import_module(f"hydratron.commands.{command}")
+        module = importlib.import_module(f"hydratron.commands.{job.command}")
         quiet_libraries()  # after the import: Lightning sets its own level
         try:
-            prepared = module.prepare(config)
+            prepared = module.prepare(job.config)
         except ValueError as error:
             raise InputError(str(error)) from error
-        outcome = {"status": "ok"} | module.run(prepared, run_dir)
+        outcome = {"status": "ok"} | module.run(prepared, job.run_dir)
         if outcome["status"] == "preempted":
-            raise JobFailed("stopped on request; resume=" + str(run_dir), status=TERMINATED)
+            raise JobFailed(f"stopped on request; resume={job.run_dir}", status=TERMINATED)
     except BaseException as error:
         if isinstance(error, SystemExit) and error.code == TERMINATED:
             outcome["status"] = "preempted"
         if outcome["status"] != "preempted":
-            outcome["error"] = note_failure(run_dir, error)
+            name = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+            outcome |= {"status": "failed", "error": note_failure(job.run_dir, f"{name}{error}")}
         raise
     finally:
         if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0:
-            outcome["duration_s"] = round(time.monotonic() - started, 3)
-            write_result(command, config, run_dir, overrides, **outcome)
+            write_result(job, **outcome, duration_s=round(time.monotonic() - started, 3))
 
 
 def stop_at_once(*_: Any) -> None:
@@ -226,73 +245,17 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before")
 
 
-def note_failure(run_dir: Path, error: BaseException) -> str:
-    """Keep the first failure of the job's ranks: peers that it takes down know only a symptom."""
-    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    if isinstance(error, InputError):
-        text = str(error)
-    path = run_dir / FAILURE
-    with contextlib.suppress(FileExistsError), path.open("x") as file:
-        json.dump({"error": text, "trace": traceback.format_exc()}, file)
-    with contextlib.suppress(json.JSONDecodeError):
-        text = json.loads(path.read_text())["error"]
-    return text
-
-
-def write_result(
-    command: str, config: DictConfig, run_dir: Path, overrides: dict[str, str], **outcome: Any
-) -> None:
-    """Write `result.json` atomically."""
-    result = {
-        "command": command,
-        "error": None,
-        "overrides": overrides,
-        "seed": config.get("seed"),
-        "git_commit": git_commit(),
-        "versions": {n: package_version(n) for n in ("torch", "pytorch-lightning", "transformers")},
-        "tensor_parallel_size": OmegaConf.select(config, "parallel.tensor_parallel_size"),
-        "data_parallel_size": OmegaConf.select(config, "parallel.data_parallel_size"),
-        "layernorm": config.get("layernorm"),
-        "model": OmegaConf.select(config, "model.family"),
-        "size": config.get("size"),
-        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    } | outcome
-    temporary = run_dir / f"{RESULT}.tmp"
-    temporary.write_text(json.dumps(result, indent=2) + "\n")
-    os.replace(temporary, run_dir / RESULT)
-
-
-def package_version(name: str) -> str | None:
-    """Return the installed version of a package, None if it is not installed."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def git_commit() -> str | None:
-    """Return the commit of the checkout this package runs from, None outside of one."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return answer.stdout.strip()
-
-
-def run_children(
-    command: str, config: DictConfig, run_dir: Path, overrides: dict[str, str], log: Path | None
-) -> None:
+def run_children(job: Job, *, log: Path | None) -> None:
     """Run the job as a process tree of its own and wait; raise JobFailed unless it ended `ok`."""
-    (run_dir / RESULT).unlink(missing_ok=True)
-    (run_dir / FAILURE).unlink(missing_ok=True)
+    for name in (RESULT, FAILURE):
+        (job.run_dir / name).unlink(missing_ok=True)
     started = time.monotonic()
     requested: list[int] = []
     previous = signal.signal(signal.SIGTERM, lambda number, _: requested.append(number))
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(log.open("w")) if log else None
         process = subprocess.Popen(
-            child_command(command, run_dir, num_devices=num_local_devices(config)),
+            child_command(job.command, job.run_dir, num_devices=num_local_devices(job.config)),
             env=clean_environment(),
             stdout=output,
             stderr=subprocess.STDOUT if output else None,
@@ -304,16 +267,16 @@ def run_children(
         finally:
             end_tree(process)
             signal.signal(signal.SIGTERM, previous)
-            result = completed_result(
-                command, config, run_dir, overrides, process.returncode, started
-            )
+            duration = time.monotonic() - started
+            result = completed_result(job, returncode=process.returncode, duration=duration)
     if log:
-        print(job_line(run_dir, result), flush=True)
+        print(job_line(job, result), flush=True)
     if requested:
         raise SystemExit(TERMINATED)
     if result["status"] != "ok":
-        status = {"preempted": TERMINATED}.get(result["status"], 1)
-        raise JobFailed(f"{run_dir}: {result['error'] or result['status']}", status=status)
+        status = TERMINATED if result["status"] == "preempted" else 1
+        message = result["error"] or result["status"]
+        raise JobFailed(f"{job.run_dir}: {message}", status=status)
 
 
 def wait(process: subprocess.Popen[bytes], requested: list[int]) -> None:
@@ -333,36 +296,6 @@ def end_tree(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-
-
-def completed_result(
-    command: str,
-    config: DictConfig,
-    run_dir: Path,
-    overrides: dict[str, str],
-    returncode: int,
-    started: float,
-) -> dict[str, Any]:
-    """Read the job's result; write one in its name if it could not."""
-    path = run_dir / RESULT
-    if not path.exists():
-        ended_by = signal.Signals(-returncode).name if returncode < 0 else f"status {returncode}"
-        error = f"the job's process ended by {ended_by} without a result"
-        if (run_dir / FAILURE).exists():
-            error = json.loads((run_dir / FAILURE).read_text())["error"]
-        duration = round(time.monotonic() - started, 3)
-        outcome = {"status": "failed", "error": error, "duration_s": duration}
-        write_result(command, config, run_dir, overrides, **outcome)
-    return json.loads(path.read_text())
-
-
-def job_line(run_dir: Path, result: dict[str, Any]) -> str:
-    """Return one line about a finished job of a sweep."""
-    settings = " ".join(f"{key}={value}" for key, value in result["overrides"].items())
-    found = f"val/loss {result['val/loss']:.4f}" if "val/loss" in result else result["error"] or ""
-    return (
-        f"job {run_dir.name}: {result['status']}  {settings}  {found}  {result['duration_s']:.0f} s"
-    )
 
 
 def child_command(command: str, run_dir: Path, *, num_devices: int) -> list[str]:
@@ -388,11 +321,10 @@ def worker(command: str, run_dir: Path) -> int:
     """Run a frozen job as one of its processes; return the exit status."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
-    config = OmegaConf.load(run_dir / FROZEN_CONFIG)
-    assert isinstance(config, DictConfig)
+    config = OmegaConf.to_container(OmegaConf.load(run_dir / FROZEN_CONFIG))
     overrides = override_dictionary(list(OmegaConf.load(run_dir / ".hydra/overrides.yaml")))
     try:
-        execute(command, config, run_dir, overrides)
+        execute(Job(command, run_dir, cast(dict[str, Any], config), overrides))
     except InputError as error:
         print(f"hydratron {command}: {error}", file=sys.stderr)
         return 2

@@ -37,7 +37,8 @@ def hydra_configuration() -> Iterator[None]:
 
 
 def instantiate(config: DictConfig) -> dict[str, object]:
-    return {name: build(cls, config[name], name=name) for name, cls in CLASSES.items()}
+    resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
+    return {name: build(cls, resolved[name], name=name) for name, cls in CLASSES.items()}
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
@@ -64,9 +65,9 @@ def test_every_logger_composes() -> None:
 def test_indexed_data_needs_a_prefix_and_a_tokenizer() -> None:
     config = compose("pretrain", ["data=indexed"])
     with pytest.raises(ValueError, match="missing mandatory value"):
-        build(DataConfig, config.data, name="data")
+        instantiate(config)
     given = compose("pretrain", ["data=indexed", "data.path=corpus", "data.tokenizer=folder"])
-    assert build(DataConfig, given.data, name="data").source == "indexed"
+    assert instantiate(given)["data"].source == "indexed"
 
 
 @pytest.mark.parametrize("name", choices("experiment"))

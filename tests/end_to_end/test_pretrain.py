@@ -69,9 +69,7 @@ def test_sweep_over_world_sizes_gives_separate_correct_runs(hydratron, tmp_path:
     assert done.returncode == 0, done.stderr
     runs = [result(path.parent) for path in sorted(tmp_path.glob("sweep/*/result.json"))]
     assert [run["status"] for run in runs] == ["ok"] * 8
-    loss = {
-        (r["tensor_parallel_size"], r["layernorm"], r["seed"]): r["train/loss"] for r in runs
-    }
+    loss = {(r["tensor_parallel_size"], r["layernorm"], r["seed"]): r["train/loss"] for r in runs}
     assert len(set(loss)) == 8
     assert len({round(value, 4) for value in loss.values()}) == 4  # 4 models, each on 2 grids
     for (_, layernorm, seed), value in loss.items():

@@ -74,11 +74,17 @@ def _hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
     return [{k: g[k] for k in ("lr", "initial_lr") if k in g} for g in optimizer.param_groups]
 
 
-def _rng_state() -> dict[str, Tensor]:
+def _own_generators(network: nn.Module) -> dict[str, torch.Generator]:
+    """Streams that modules keep for themselves, as replicated dropout does."""
+    found = ((name, getattr(module, "generator", None)) for name, module in network.named_modules())
+    return {name: value for name, value in found if isinstance(value, torch.Generator)}
+
+
+def _rng_state(network: nn.Module) -> dict[str, Tensor]:
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state()
-    return state
+    return state | {name: g.get_state() for name, g in _own_generators(network).items()}
 
 
 def _rank_and_world_size() -> tuple[int, int]:
@@ -105,7 +111,7 @@ def save_checkpoint(
     for index, optimizer in enumerate(optimizers):
         tensors[f"optimizer_{index}"] = global_optimizer_state(network, optimizer, mesh)
     dcp.save(tensors, checkpoint_id=temporary)
-    torch.save(_rng_state(), temporary / f"rng-{rank}.pt")
+    torch.save(_rng_state(network), temporary / f"rng-{rank}.pt")
     if rank == 0:
         layout = {"tensor_parallel_size": mesh.tensor_parallel_size, "world_size": world_size}
         hyperparameters = [_hyperparameters(optimizer) for optimizer in optimizers]
@@ -146,6 +152,8 @@ def load_checkpoint(
         torch.set_rng_state(rng["cpu"])
         if "cuda" in rng and torch.cuda.is_available():
             torch.cuda.set_rng_state(rng["cuda"])
+        for name, generator in _own_generators(network).items():
+            generator.set_state(rng[name])
     return loop_state
 
 

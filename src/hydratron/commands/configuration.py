@@ -1,11 +1,12 @@
 """Where OmegaConf stops: composed configurations become frozen dataclasses."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins.environments import (
@@ -20,7 +21,7 @@ from hydratron.launch import is_external_launch
 ConfigT = TypeVar("ConfigT")
 
 
-def build(cls: type[ConfigT], node: DictConfig, *, name: str) -> ConfigT:
+def build(cls: type[ConfigT], node: Mapping[str, Any], *, name: str) -> ConfigT:
     """Turn the group `name` into the dataclass `cls`, which validates itself.
 
     Raises:
@@ -34,15 +35,14 @@ def build(cls: type[ConfigT], node: DictConfig, *, name: str) -> ConfigT:
     schema = OmegaConf.structured(cls)
     OmegaConf.set_readonly(schema, False)
     try:
-        given = OmegaConf.to_container(node, resolve=True)
-        values: Any = OmegaConf.to_object(OmegaConf.merge(schema, given))
+        values: Any = OmegaConf.to_object(OmegaConf.merge(schema, dict(node)))
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{name}.{getattr(error, 'full_key', '')}: {reason}") from error
     return values
 
 
-def build_loggers(node: DictConfig) -> list[Logger]:
+def build_loggers(node: Mapping[str, Any]) -> list[Logger]:
     """Instantiate the logger that the configuration names, if any."""
     return [instantiate(node)] if "_target_" in node else []
 

@@ -1,10 +1,9 @@
 """`hydratron pretrain`: train BERT or GPT-2 from nothing, or go on with a run."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from omegaconf import DictConfig
 
 from hydratron.checkpoint.sharded import load_loop_state, newest_checkpoint
 from hydratron.commands.configuration import build, build_loggers, cluster_environment
@@ -25,33 +24,33 @@ class PretrainJob:
     parallel: ParallelConfig
     data: PretrainingData
     module: PretrainingModule
-    loggers: DictConfig
+    loggers: Mapping[str, Any]
 
 
-def prepare(config: DictConfig) -> PretrainJob:
+def prepare(config: Mapping[str, Any]) -> PretrainJob:
     """Check a configuration and build its corpus; ValueError says what is wrong with it."""
-    model = build(ModelConfig, config.model, name="model")
-    data = build(DataConfig, config.data, name="data")
-    optimizer = build(OptimizerConfig, config.optimizer, name="optimizer")
-    trainer = build(TrainerConfig, config.trainer, name="trainer")
-    parallel = build(ParallelConfig, config.parallel, name="parallel")
+    model = build(ModelConfig, config["model"], name="model")
+    data = build(DataConfig, config["data"], name="data")
+    optimizer = build(OptimizerConfig, config["optimizer"], name="optimizer")
+    trainer = build(TrainerConfig, config["trainer"], name="trainer")
+    parallel = build(ParallelConfig, config["parallel"], name="parallel")
     trainer.local_devices(parallel.world_size)
     model.check_tensor_parallel(parallel.tensor_parallel_size)
     return PretrainJob(
         trainer=trainer,
         parallel=parallel,
-        data=PretrainingData(data, model, seed=config.seed, num_steps=trainer.max_steps),
+        data=PretrainingData(data, model, seed=config["seed"], num_steps=trainer.max_steps),
         module=PretrainingModule(
             model,
             optimizer,
             max_steps=trainer.max_steps,
-            seed=config.seed,
+            seed=config["seed"],
             micro_batch_size=data.micro_batch(parallel.data_parallel_size),
             log_every=trainer.log_every,
             max_skipped_steps=trainer.max_skipped_steps,
             compile=trainer.compile,
         ),
-        loggers=config.logger,
+        loggers=config["logger"],
     )
 
 

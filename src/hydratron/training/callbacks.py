@@ -14,6 +14,7 @@ from pytorch_lightning.callbacks import Checkpoint
 
 from hydratron.checkpoint.sharded import NAME_PREFIX
 from hydratron.perf.flops import train_flops
+from hydratron.training.module import TrainingModule
 from hydratron.training.pretraining import PretrainingModule
 
 NUM_KEPT = 2
@@ -167,7 +168,7 @@ class ProgressLines(Callback):
     ) -> None:
         step = trainer.global_step
         if trainer.is_global_zero and (step % self.every == 0 or step == self.max_steps):
-            assert isinstance(pl_module, PretrainingModule)
+            assert isinstance(pl_module, TrainingModule)
             values = pl_module.last_metrics
             shown = ("train/loss", "train/grad_norm", "val/loss", "perf/tokens_per_second")
             text = "  ".join(f"{key} {float(values[key]):.5g}" for key in shown if key in values)

@@ -1,0 +1,385 @@
+"""Hugging Face folders, both ways: our parameters in the names and layouts of transformers.
+
+BERT post-LN is BertFor..., BERT pre-LN MegatronBertFor..., GPT-2 (pre-LN) GPT2LMHeadModel. The
+sentence-order head takes the place of next-sentence prediction: in both, label 0 means that the
+second segment follows the first; label 1 is a swap in ours and a random segment in theirs.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    BertConfig,
+    GenerationConfig,
+    GPT2Config,
+    MegatronBertConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
+
+from hydratron.checkpoint.tensors import StoredTensor, split, stacked, transposed
+from hydratron.models.config import ModelConfig
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+EXPORTED_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new"}
+FAMILIES = {
+    "bert": ("bert", "post"),
+    "megatron-bert": ("bert", "pre"),
+    "gpt2": ("gpt2", "pre"),
+}
+# What a configuration may say that we do not compute; any other value is another network.
+REQUIRED: dict[str, Any] = {
+    "is_decoder": False,
+    "add_cross_attention": False,
+    "position_embedding_type": "absolute",
+    "tie_word_embeddings": True,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+}
+# The modules that stand beside the encoder, and how Hugging Face calls a network with these.
+ARCHITECTURES = {
+    frozenset({"masked_lm_head", "sentence_order_head"}): "ForPreTraining",
+    frozenset({"masked_lm_head"}): "ForMaskedLM",
+    frozenset({"sentence_order_head"}): "ForNextSentencePrediction",
+    frozenset(): "Model",
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where one of our parameters lies in a Hugging Face checkpoint.
+
+    `names`: one tensor, or the three that ours stacks. `is_conv1d`: kept as [in, out], query, key
+    and value side by side.
+    """
+
+    names: tuple[str, ...]
+    is_conv1d: bool = False
+    is_stacked: bool = False
+
+    def read(self, tensors: Mapping[str, StoredTensor]) -> StoredTensor:
+        """Theirs in our layout."""
+        parts = [tensors[name] for name in self.names]
+        if self.is_conv1d:
+            parts = [transposed(part) for part in parts]
+            parts = split(parts[0], 3) if self.is_stacked else parts
+        return stacked(parts) if self.is_stacked else parts[0]
+
+    def write(self, tensor: Tensor) -> dict[str, Tensor]:
+        """Ours in their layout."""
+        if self.is_conv1d:
+            tensor = tensor.flatten(0, 1) if self.is_stacked else tensor
+            return {self.names[0]: tensor.T if tensor.dim() > 1 else tensor}
+        parts = tensor.unbind(0) if self.is_stacked else [tensor]
+        return dict(zip(self.names, parts, strict=True))
+
+
+def bert_layouts(config: ModelConfig) -> dict[str, Layout]:
+    """Return the layout of every parameter of BERT and its heads."""
+    is_post = config.layernorm == "post"
+    body, cls = "encoder.transformer", "cls.predictions"
+    tensors = {
+        f"{body}.{kind}_embeddings.weight": f"bert.embeddings.{kind}_embeddings.weight"
+        for kind in ("word", "position", "token_type")
+    } | {"masked_lm_head.bias": f"{cls}.bias"}
+    modules = {
+        "encoder.pooler": "bert.pooler.dense",
+        "masked_lm_head.transform": f"{cls}.transform.dense",
+        "masked_lm_head.layernorm": f"{cls}.transform.LayerNorm",
+        "sentence_order_head": "cls.seq_relationship",
+    }
+    if is_post:
+        modules[f"{body}.embedding_layernorm"] = "bert.embeddings.LayerNorm"
+    else:
+        modules[f"{body}.final_layernorm"] = "bert.encoder.ln"
+    layouts: dict[str, Layout] = {}
+    for index in range(config.num_layers):
+        ours, theirs = f"{body}.layers.{index}", f"bert.encoder.layer.{index}"
+        attention_layernorm, mlp_layernorm = (
+            ("attention.output.LayerNorm", "output.LayerNorm") if is_post else ("attention.ln", "ln")
+        )
+        modules |= {
+            f"{ours}.attention_layernorm": f"{theirs}.{attention_layernorm}",
+            f"{ours}.attention.output": f"{theirs}.attention.output.dense",
+            f"{ours}.mlp_layernorm": f"{theirs}.{mlp_layernorm}",
+            f"{ours}.mlp.input": f"{theirs}.intermediate.dense",
+            f"{ours}.mlp.output": f"{theirs}.output.dense",
+        }
+        for kind in ("weight", "bias"):
+            names = (f"{theirs}.attention.self.{p}.{kind}" for p in ("query", "key", "value"))
+            layouts[f"{ours}.attention.qkv.{kind}"] = Layout(tuple(names), is_stacked=True)
+    for ours, theirs in modules.items():
+        tensors |= {f"{ours}.{kind}": f"{theirs}.{kind}" for kind in ("weight", "bias")}
+    return layouts | {ours: Layout((theirs,)) for ours, theirs in tensors.items()}
+
+
+def gpt2_layouts(config: ModelConfig) -> dict[str, Layout]:
+    """Return the layout of every parameter of GPT-2."""
+    layouts = {
+        "transformer.word_embeddings.weight": Layout(("transformer.wte.weight",)),
+        "transformer.position_embeddings.weight": Layout(("transformer.wpe.weight",)),
+    }
+    for kind in ("weight", "bias"):
+        layouts[f"transformer.final_layernorm.{kind}"] = Layout((f"transformer.ln_f.{kind}",))
+        for index in range(config.num_layers):
+            ours, theirs = f"transformer.layers.{index}", f"transformer.h.{index}"
+            qkv = Layout((f"{theirs}.attn.c_attn.{kind}",), is_conv1d=True, is_stacked=True)
+            layouts |= {
+                f"{ours}.attention_layernorm.{kind}": Layout((f"{theirs}.ln_1.{kind}",)),
+                f"{ours}.attention.qkv.{kind}": qkv,
+                f"{ours}.attention.output.{kind}": Layout((f"{theirs}.attn.c_proj.{kind}",), True),
+                f"{ours}.mlp_layernorm.{kind}": Layout((f"{theirs}.ln_2.{kind}",)),
+                f"{ours}.mlp.input.{kind}": Layout((f"{theirs}.mlp.c_fc.{kind}",), True),
+                f"{ours}.mlp.output.{kind}": Layout((f"{theirs}.mlp.c_proj.{kind}",), True),
+            }
+    return layouts
+
+
+LAYOUTS: dict[str, Callable[[ModelConfig], dict[str, Layout]]] = {
+    "bert": bert_layouts,
+    "gpt2": gpt2_layouts,
+}
+PREFIXES = {"bert": "bert.", "gpt2": "transformer."}
+
+
+def is_huggingface(folder: Path) -> bool:
+    """Whether `folder` has a transformers configuration."""
+    path = folder / "config.json"
+    return path.is_file() and "model_type" in json.loads(path.read_text())
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """Return what the network of a Hugging Face folder is.
+
+    Raises:
+        ValueError: another architecture than ours, by the configuration's key and value.
+    """
+    path = folder / "config.json"
+    model_type = json.loads(path.read_text())["model_type"]
+    if model_type not in FAMILIES:
+        raise ValueError(f"{path}: model_type {model_type!r} is not one of {', '.join(FAMILIES)}")
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    for key, value in REQUIRED.items():
+        found = getattr(config, key, value)
+        if found != value:
+            raise ValueError(f"{path}: {key} is {found!r}, only {value!r} can be read")
+    family, layernorm = FAMILIES[model_type]
+    is_bert = family == "bert"
+    activation = config.hidden_act if is_bert else config.activation_function
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"{path}: activation {activation!r} is not one of {', '.join(ACTIVATIONS)}"
+        )
+    return ModelConfig(
+        family=family,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        vocab_size=config.vocab_size,
+        max_seq_len=config.max_position_embeddings,
+        intermediate_size=config.intermediate_size if is_bert else config.n_inner,
+        num_token_types=config.type_vocab_size if is_bert else 2,
+        layernorm=layernorm,
+        init_std=config.initializer_range,
+        layernorm_eps=config.layer_norm_eps if is_bert else config.layer_norm_epsilon,
+        activation=ACTIVATIONS[activation],
+        hidden_dropout=config.hidden_dropout_prob if is_bert else config.resid_pdrop,
+        attention_dropout=config.attention_probs_dropout_prob if is_bert else config.attn_pdrop,
+    )
+
+
+def read_tensors(folder: Path, config: ModelConfig) -> dict[str, StoredTensor]:
+    """Return by our names what a Hugging Face folder holds of our parameters.
+
+    Raises:
+        ValueError: no safetensors there, or ones that cannot be read.
+    """
+    stored = _open_weights(folder)
+    # checkpoints that once came from TensorFlow call a LayerNorm's weight gamma, its bias beta
+    old = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
+    for theirs, today in old:
+        stored = {name.replace(theirs, today): tensor for name, tensor in stored.items()}
+    if "cls.predictions.decoder.bias" in stored:
+        stored.setdefault("cls.predictions.bias", stored["cls.predictions.decoder.bias"])
+    prefix = PREFIXES[config.family]
+    if not any(name.startswith(prefix) for name in stored):  # a network without heads
+        stored = {f"{prefix}{name}": tensor for name, tensor in stored.items()}
+    return {
+        name: layout.read(stored)
+        for name, layout in LAYOUTS[config.family](config).items()
+        if all(part in stored for part in layout.names)
+    }
+
+
+def _open_weights(folder: Path) -> dict[str, StoredTensor]:
+    if (folder / INDEX).is_file():
+        weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+        files = [folder / name for name in sorted(set(weight_map.values()))]
+    else:
+        files = [folder / WEIGHTS]
+    stored: dict[str, StoredTensor] = {}
+    for path in files:
+        if not path.is_file():
+            raise ValueError(f"{folder} holds no {path.name}: only safetensors are read")
+        try:
+            file = safe_open(path, "pt")
+            stored |= {name: _from_safetensors(file, name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path}: cannot be read as safetensors: {error}") from error
+    return stored
+
+
+def _from_safetensors(file: Any, name: str) -> StoredTensor:
+    view = file.get_slice(name)
+
+    def read(dim: int | None, start: int, stop: int) -> Tensor:
+        if dim is None:
+            return file.get_tensor(name)
+        return view[(*[slice(None)] * dim, slice(start, stop))]
+
+    return StoredTensor(tuple(view.get_shape()), _DTYPES[view.get_dtype()], read)
+
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+def export_architecture(config: ModelConfig, names: set[str]) -> str:
+    """Return the transformers class for a network that has the parameters `names`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if config.family == "gpt2":
+        if config.layernorm == "post":
+            raise ValueError("GPT-2 with layernorm post has no Hugging Face counterpart")
+        return "GPT2LMHeadModel"
+    heads = frozenset(name.partition(".")[0] for name in names) - {"encoder"}
+    if heads not in ARCHITECTURES:
+        raise ValueError(f"no Hugging Face BERT has the heads {', '.join(sorted(heads))}")
+    return ("Bert" if config.layernorm == "post" else "MegatronBert") + ARCHITECTURES[heads]
+
+
+def export_config(
+    config: ModelConfig, *, architecture: str, tokenizer: PreTrainedTokenizerFast | None
+) -> PreTrainedConfig:
+    """Return the transformers configuration of our network; its vocabulary is ours, padding and
+    all, and `tokenizer_vocab_size` the tokenizer's own.
+    """
+    kinds = ("bos", "eos", "pad") if config.family == "gpt2" else ("pad",)
+    tokens = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id", None) for kind in kinds}
+    activation = EXPORTED_ACTIVATIONS[config.activation]
+    shared: dict[str, Any] = tokens | {
+        "architectures": [architecture],
+        "vocab_size": config.vocab_size,
+        "initializer_range": config.init_std,
+        "tokenizer_vocab_size": None if tokenizer is None else len(tokenizer),
+    }
+    if config.family == "gpt2":
+        return GPT2Config(
+            n_embd=config.hidden_size,
+            n_layer=config.num_layers,
+            n_head=config.num_heads,
+            n_positions=config.max_seq_len,
+            n_inner=config.feedforward_size,
+            activation_function=activation,
+            layer_norm_epsilon=config.layernorm_eps,
+            resid_pdrop=config.hidden_dropout,
+            embd_pdrop=config.hidden_dropout,
+            attn_pdrop=config.attention_dropout,
+            **shared,
+        )
+    cls = BertConfig if config.layernorm == "post" else MegatronBertConfig
+    return cls(
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        max_position_embeddings=config.max_seq_len,
+        intermediate_size=config.feedforward_size,
+        type_vocab_size=config.num_token_types,
+        hidden_act=activation,
+        layer_norm_eps=config.layernorm_eps,
+        hidden_dropout_prob=config.hidden_dropout,
+        attention_probs_dropout_prob=config.attention_dropout,
+        **shared,
+    )
+
+
+def write_folder(
+    folder: Path,
+    config: ModelConfig,
+    tensors: Mapping[str, StoredTensor],
+    *,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+) -> str:
+    """Write weights, configuration and tokenizer into `folder`; return the transformers class.
+
+    Raises:
+        ValueError: the network has no counterpart, or the tokenizer does not fit its vocabulary.
+    """
+    architecture = export_architecture(config, set(tensors))
+    exported = export_config(config, architecture=architecture, tokenizer=tokenizer)
+    exported.dtype = next(iter(tensors.values())).dtype
+    exported.save_pretrained(folder)
+    if config.family == "gpt2":
+        GenerationConfig.from_model_config(exported).save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    layouts = LAYOUTS[config.family](config)
+    prefix = PREFIXES["bert"] if architecture.endswith("BertModel") else ""
+    pieces: list[tuple[Layout, StoredTensor]] = [
+        (layouts[name], stored) for name, stored in tensors.items()
+    ]
+    write_safetensors(folder / WEIGHTS, pieces, prefix=prefix)
+    return architecture
+
+
+def write_safetensors(
+    path: Path, pieces: list[tuple[Layout, StoredTensor]], *, prefix: str = ""
+) -> None:
+    """Write tensors in their layout one after the other, holding one of ours at a time.
+
+    The library's own writer wants all of them in memory. Format: the header's length in 8 bytes,
+    a JSON header with dtype, shape and offsets of each name, the bytes. `prefix` is taken off
+    the names.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for layout, stored in pieces:
+        for name, tensor in layout.write(torch.empty(stored.shape, device="meta")).items():
+            end = offset + tensor.numel() * stored.dtype.itemsize
+            header[name.removeprefix(prefix)] = {
+                "dtype": _DTYPE_NAMES[stored.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [offset, end],
+            }
+            offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for layout, stored in pieces:
+            for tensor in layout.write(stored.whole()).values():
+                file.write(tensor.contiguous().view(torch.uint8).numpy().data)

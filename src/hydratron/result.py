@@ -1,0 +1,106 @@
+"""`result.json`: what a job was and how it ended, written whatever happened to it."""
+
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import os
+import signal
+import subprocess
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+RESULT = "result.json"
+FAILURE = ".hydra/failure.json"
+PACKAGES = ("torch", "pytorch-lightning", "transformers")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job: its command, where it writes, its resolved configuration and its overrides."""
+
+    command: str
+    run_dir: Path
+    config: Mapping[str, Any]
+    overrides: dict[str, str]
+
+
+def write_result(job: Job, **outcome: Any) -> None:
+    """Write `result.json` atomically; `outcome` has at least `status`."""
+    parallel, model = (job.config.get(group) or {} for group in ("parallel", "model"))
+    result = {
+        "command": job.command,
+        "error": None,
+        "overrides": job.overrides,
+        "seed": job.config.get("seed"),
+        "git_commit": git_commit(),
+        "versions": {name: package_version(name) for name in PACKAGES},
+        "tensor_parallel_size": parallel.get("tensor_parallel_size"),
+        "data_parallel_size": parallel.get("data_parallel_size"),
+        "layernorm": job.config.get("layernorm"),
+        "model": model.get("family"),
+        "size": job.config.get("size"),
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    } | outcome
+    temporary = job.run_dir / f"{RESULT}.tmp"
+    temporary.write_text(json.dumps(result, indent=2) + "\n")
+    os.replace(temporary, job.run_dir / RESULT)
+
+
+def read_result(run_dir: Path) -> dict[str, Any]:
+    """Return what `result.json` says, an empty dictionary where there is none."""
+    path = run_dir / RESULT
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def note_failure(run_dir: Path, text: str) -> str:
+    """Keep the first failure of the job's ranks: peers that it takes down know only a symptom."""
+    path = run_dir / FAILURE
+    with contextlib.suppress(FileExistsError), path.open("x") as file:
+        json.dump({"error": text, "trace": traceback.format_exc()}, file)
+    with contextlib.suppress(json.JSONDecodeError):  # another rank is writing it just now
+        text = json.loads(path.read_text())["error"]
+    return text
+
+
+def completed_result(job: Job, *, returncode: int, duration: float) -> dict[str, Any]:
+    """Read the result of a process tree that ended; write one in its name if it could not."""
+    result = read_result(job.run_dir)
+    if result:
+        return result
+    ended_by = signal.Signals(-returncode).name if returncode < 0 else f"status {returncode}"
+    error = f"the job's process ended by {ended_by} without a result"
+    failure = job.run_dir / FAILURE
+    if failure.exists():
+        error = json.loads(failure.read_text())["error"]
+    write_result(job, status="failed", error=error, duration_s=round(duration, 3))
+    return read_result(job.run_dir)
+
+
+def job_line(job: Job, result: dict[str, Any]) -> str:
+    """Return one line about a finished job of a sweep."""
+    settings = " ".join(f"{key}={value}" for key, value in job.overrides.items())
+    found = f"val/loss {result['val/loss']:.4f}" if "val/loss" in result else result["error"] or ""
+    seconds = f"{result['duration_s']:.0f} s"
+    return f"job {job.run_dir.name}: {result['status']}  {settings}  {found}  {seconds}"
+
+
+def package_version(name: str) -> str | None:
+    """Return the installed version of a package, None if it is not installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def git_commit() -> str | None:
+    """Return the commit of the checkout this package runs from, None outside of one."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()
