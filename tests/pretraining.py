@@ -94,6 +94,7 @@ class Job:
             micro_batch_size=data.micro_batch(self.dp),
             log_every=trainer_config.log_every,
             dtype=self.dtype,
+            compile=trainer_config.compile,
         )
         samples = PretrainingData(data, model, seed=self.seed, num_steps=self.max_steps)
         return trainer, module, samples, metrics

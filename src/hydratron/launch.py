@@ -121,13 +121,13 @@ def resumed_arguments(arguments: list[str]) -> list[str]:
         InputError: DIR is no run directory (with -m: no sweep directory).
     """
     given = {a.partition("=")[0]: a for a in arguments if "=" in a}
-    directory = Path(given["resume"].partition("=")[2])
+    directory = Path(override_dictionary(arguments)["resume"])
     is_sweep = not {"-m", "--multirun"}.isdisjoint(arguments)
     source = directory / ("multirun.yaml" if is_sweep else ".hydra/overrides.yaml")
     if not source.is_file():
         kind = "sweep" if is_sweep else "run"
         raise InputError(f"resume={directory}: no {kind} directory, it has no {source.name}")
-    stored = OmegaConf.load(source)
+    stored: Any = OmegaConf.load(source)
     if is_sweep:
         stored = [*stored.hydra.overrides.task, *stored.hydra.overrides.hydra]
     where = "hydra.sweep.dir" if is_sweep else "hydra.run.dir"
@@ -139,7 +139,7 @@ def resumed_arguments(arguments: list[str]) -> list[str]:
 @contextlib.contextmanager
 def sweep_definition_kept(arguments: list[str]) -> Iterator[None]:
     """Keep `multirun.yaml`, which says what the sweep is, as it was while it is resumed."""
-    given = dict(argument.partition("=")[::2] for argument in arguments)
+    given = override_dictionary(arguments)
     path = Path(given.get("hydra.sweep.dir", "")) / "multirun.yaml"
     definition = path.read_text() if "resume" in given and path.is_file() else None
     try:
@@ -154,7 +154,7 @@ def refuse_overwriting(arguments: list[str]) -> None:
 
     A preempted run is the exception: the same command goes on with it.
     """
-    given = dict(argument.partition("=")[::2] for argument in arguments)
+    given = override_dictionary(arguments)
     if "resume" in given:
         return
     run_dir, sweep_dir = given.get("hydra.run.dir"), given.get("hydra.sweep.dir")
@@ -322,7 +322,8 @@ def worker(command: str, run_dir: Path) -> int:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
     config = OmegaConf.to_container(OmegaConf.load(run_dir / FROZEN_CONFIG))
-    overrides = override_dictionary(list(OmegaConf.load(run_dir / ".hydra/overrides.yaml")))
+    given: Any = OmegaConf.load(run_dir / ".hydra/overrides.yaml")
+    overrides = override_dictionary(list(given))
     try:
         execute(Job(command, run_dir, cast(dict[str, Any], config), overrides))
     except InputError as error:

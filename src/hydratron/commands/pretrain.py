@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from hydratron.checkpoint.sharded import load_loop_state, newest_checkpoint
+from hydratron.checkpoint.source import TOKENIZER
 from hydratron.commands.configuration import build, build_loggers, cluster_environment
 from hydratron.models.config import ModelConfig
-from hydratron.training.callbacks import StopOnRequest, Throughput
+from hydratron.training.callbacks import Throughput, was_stopped
 from hydratron.training.datamodule import DataConfig, PretrainingData
 from hydratron.training.metrics import MetricsFile
 from hydratron.training.optimisation import OptimizerConfig
@@ -72,11 +73,15 @@ def run(job: PretrainJob, run_dir: Path) -> dict[str, Any]:
             )
         ],
     )
+    if trainer.is_global_zero:
+        data.tokenizer.save_pretrained(run_dir / TOKENIZER)
+    if trainer.is_global_zero:
+        data.tokenizer.save_pretrained(run_dir / "tokenizer")
     checkpoint = newest_checkpoint(run_dir / CHECKPOINTS)
     if checkpoint is not None:
         metrics_file.continue_after(load_loop_state(checkpoint)["global_step"])
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
-    is_stopped = any(isinstance(c, StopOnRequest) and c.stopped for c in trainer.callbacks)
+    is_stopped = was_stopped(trainer)
     if not is_stopped and module.validated_step != trainer.global_step:
         trainer.validate(module, datamodule=data, verbose=False)
     return {

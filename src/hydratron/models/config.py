@@ -49,8 +49,9 @@ class ModelConfig:
                 raise ValueError(
                     f"model.{key} {getattr(self, key)!r} is not one of {', '.join(choices)}"
                 )
-        for key in ("hidden_size", "num_layers", "num_heads", "vocab_size", "max_seq_len"):
-            if getattr(self, key) < 1:
+        sizes = ("hidden_size", "num_layers", "num_heads", "vocab_size", "max_seq_len")
+        for key in (*sizes, "intermediate_size", "num_token_types", "init_std", "layernorm_eps"):
+            if getattr(self, key) <= 0:
                 raise ValueError(f"model.{key} {getattr(self, key)} is not positive")
         if self.hidden_size % self.num_heads:
             raise ValueError(

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from hydratron.models.config import ModelConfig
 from hydratron.models.transformer import Transformer
 from hydratron.parallel.cross_entropy import IGNORED_LABEL, vocab_parallel_cross_entropy
+from hydratron.parallel.layers import compute_dtype
 from hydratron.parallel.mappings import gather_into_tensor_parallel_region
 from hydratron.parallel.mesh import ProcessGroup
 
@@ -22,7 +23,8 @@ class Gpt2ForPretraining(nn.Module):
 
     def logits(self, input_ids: Tensor) -> Tensor:
         """Return logits [B, S, V/t] for ids [B, S]."""
-        hidden = gather_into_tensor_parallel_region(self.transformer(input_ids), self.tp_group)
+        hidden = compute_dtype(self.transformer(input_ids))
+        hidden = gather_into_tensor_parallel_region(hidden, self.tp_group)
         hidden = hidden[: input_ids.numel()].view(*input_ids.shape, -1)  # [B, S, H]
         return F.linear(hidden, self.transformer.word_embeddings.weight)
 

@@ -34,7 +34,8 @@ def clip_grad_norm(
     """Scale the gradients in place so that their global norm is at most `max_norm`.
 
     `squares` comes from `squared_gradient_norms`. Returns the norm before clipping, a 0-d tensor
-    on the device; nothing waits for it. A non-finite norm leaves non-finite gradients behind.
+    on the device; nothing waits for it. With a norm that is not finite, what the
+    gradients hold afterwards is undefined: the step is to be skipped.
     """
     norm = torch.stack(list(squares.values())).sum().sqrt()
     if max_norm is not None:

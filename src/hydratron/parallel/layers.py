@@ -29,7 +29,7 @@ def local_size(size: int, group: ProcessGroup | None, *, name: str) -> int:
     return size // tensor_parallel_size
 
 
-def _compute_dtype(x: Tensor) -> Tensor:
+def compute_dtype(x: Tensor) -> Tensor:
     """Cast to autocast's dtype before a collective, so that half the bytes travel."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype == torch.float32:
@@ -63,7 +63,7 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.group is not None:
-            x = gather_into_tensor_parallel_region(_compute_dtype(x), self.group)  # [T, in]
+            x = gather_into_tensor_parallel_region(compute_dtype(x), self.group)  # [T, in]
         return F.linear(x, self.weight.flatten(0, -2), self.bias.flatten())
 
 

@@ -157,6 +157,12 @@ class StopOnRequest(Callback):
         self._pending = None
 
 
+def was_stopped(trainer: Trainer) -> bool:
+    """Whether training ended on request rather than at its end."""
+    callbacks: list[Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+    return any(isinstance(c, StopOnRequest) and c.stopped for c in callbacks)
+
+
 class ProgressLines(Callback):
     """Plain lines where the output is no terminal."""
 

@@ -41,17 +41,23 @@ class OptimizerConfig:
             raise ValueError(
                 f"optimizer.schedule {self.schedule!r} is not one of {', '.join(SCHEDULES)}"
             )
-        if self.lr <= 0:
-            raise ValueError(f"optimizer.lr {self.lr} is not positive")
-        if not 0 <= self.warmup_fraction < 1:
-            raise ValueError(f"optimizer.warmup_fraction {self.warmup_fraction} is not in [0, 1)")
+        for key in ("lr", "eps", "clip"):
+            value = getattr(self, key)
+            if value is not None and value <= 0:
+                raise ValueError(f"optimizer.{key} {value} is not positive")
+        for key in ("warmup_fraction", "beta1", "beta2"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ValueError(f"optimizer.{key} {getattr(self, key)} is not in [0, 1)")
+        if not 0 <= self.min_lr_ratio <= 1:
+            raise ValueError(f"optimizer.min_lr_ratio {self.min_lr_ratio} is not in [0, 1]")
 
 
 def learning_rate_factor(config: OptimizerConfig, *, max_steps: int) -> Callable[[int], float]:
     """Return the factor on `lr` for the optimizer step of index 0, 1, ...
 
     The first step has index 0 and factor 1 / warmup, so that no step is lost; the decay is
-    (step - warmup) / (decay - warmup), Megatron-LM's form from version 2.0 on.
+    (step - warmup) / (decay - warmup), Megatron-LM's form from version 2.0 on. Steps that fp16's
+    loss scaling skips count too, so that the schedule is a function of the step alone.
     """
     warmup = config.warmup_steps
     if warmup is None:
@@ -76,7 +82,8 @@ def learning_rate_factor(config: OptimizerConfig, *, max_steps: int) -> Callable
 
 def is_decayed(name: str) -> bool:
     """Weight decay acts on matrices and embeddings, not on biases or LayerNorm (Megatron-LM)."""
-    return not name.endswith("bias") and "layernorm" not in name
+    # transformers spells it LayerNorm and layer_norm
+    return not name.endswith("bias") and "layernorm" not in name.lower().replace("_", "")
 
 
 def build_optimizer(

@@ -1,0 +1,86 @@
+"""The same training on a GPU: equal losses, no hidden waiting, every precision."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pytorch_lightning.callbacks import Callback
+
+from tests.end_to_end.conftest import metrics, result
+from tests.pretraining import Job
+
+pytestmark = pytest.mark.gpu
+GPU = {"accelerator": "gpu"}
+
+
+def losses(job: Job, callbacks: list[Callback] | None = None) -> list[float]:
+    trainer, module, data, logged = job.build(callbacks)
+    trainer.fit(module, datamodule=data)
+    return logged.column("train/loss")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_float32_losses_equal_the_cpu_s(tmp_path: Path, family: str, compiled: bool) -> None:
+    shape = {"family": family}
+    on_cpu = losses(Job(tmp_path / "cpu", model=shape, max_steps=8))
+    settings = GPU | {"compile": compiled}
+    on_gpu = losses(Job(tmp_path / "gpu", model=shape, max_steps=8, trainer=settings))
+    assert on_gpu == pytest.approx(on_cpu, abs=1e-4)  # float32 sums in another order, 8 steps
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+def test_mixed_precision_stays_near_float32(tmp_path: Path, precision: str) -> None:
+    exact = losses(Job(tmp_path / "exact", max_steps=20, trainer=GPU))
+    mixed = losses(Job(tmp_path / "mixed", max_steps=20, trainer=GPU | {"precision": precision}))
+    assert mixed[-1] == pytest.approx(exact[-1], abs=0.1)
+
+
+class NoWaiting(Callback):
+    """Makes any wait of the host for the device an error, outside logging steps."""
+
+    def __init__(self, log_every: int) -> None:
+        self.log_every, self.num_guarded = log_every, 0
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+        is_logging = (trainer.global_step + 1) % self.log_every == 0
+        if trainer.global_step > 3 and not is_logging:
+            torch.cuda.set_sync_debug_mode("error")
+            self.num_guarded += 1
+
+    def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_bf16_step_never_waits_for_the_gpu(tmp_path: Path, compiled: bool) -> None:
+    guard = NoWaiting(log_every=10)
+    settings = GPU | {"precision": "bf16-mixed", "log_every": 10, "compile": compiled}
+    losses(Job(tmp_path, max_steps=20, trainer=settings), [guard])
+    assert guard.num_guarded >= 14
+
+
+def test_recomputation_changes_memory_and_nothing_else(tmp_path: Path) -> None:
+    dropout = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
+    kept = losses(Job(tmp_path / "kept", trainer=GPU, model=dropout))
+    again = losses(Job(tmp_path / "again", trainer=GPU, model=dropout | {"recompute": "full"}))
+    assert again == pytest.approx(kept, abs=1e-5)
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("grid", ["tp2", "dp2"])
+def test_two_gpus_give_the_losses_of_one(tmp_path: Path, grid: str) -> None:
+    for parallel in ("single", grid):
+        command = [
+            sys.executable, "-m", "hydratron.cli", "pretrain", "experiment=quickstart", "trainer=gpu", "trainer.max_steps=20",
+            "trainer.precision=32-true", "trainer.log_every=1", "trainer.compile=false",
+            f"parallel={parallel}", f"hydra.run.dir={tmp_path / parallel}",
+        ]  # fmt: skip
+        subprocess.run(command, check=True, timeout=300, env=os.environ)
+        assert result(tmp_path / parallel)["status"] == "ok"
+    first, second = (metrics(tmp_path / name)["train/loss"] for name in ("single", grid))
+    assert (first - second).abs().max() < 1e-4
