@@ -6,8 +6,7 @@ second segment follows the first; label 1 is a swap in ours and a random segment
 """
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from hydratron.checkpoint.tensors import StoredTensor, split, stacked, transposed
+from hydratron.checkpoint.layouts import HEADS, PREFIXES, Head, Layout, parameter_layouts
+from hydratron.checkpoint.tensors import StoredTensor
 from hydratron.models.config import ModelConfig
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -56,103 +56,6 @@ ARCHITECTURES = {
     frozenset({"sentence_order_head"}): "ForNextSentencePrediction",
     frozenset(): "Model",
 }
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where one of our parameters lies in a Hugging Face checkpoint.
-
-    `names`: one tensor, or the three that ours stacks. `is_conv1d`: kept as [in, out], query, key
-    and value side by side.
-    """
-
-    names: tuple[str, ...]
-    is_conv1d: bool = False
-    is_stacked: bool = False
-
-    def read(self, tensors: Mapping[str, StoredTensor]) -> StoredTensor:
-        """Theirs in our layout."""
-        parts = [tensors[name] for name in self.names]
-        if self.is_conv1d:
-            parts = [transposed(part) for part in parts]
-            parts = split(parts[0], 3) if self.is_stacked else parts
-        return stacked(parts) if self.is_stacked else parts[0]
-
-    def write(self, tensor: Tensor) -> dict[str, Tensor]:
-        """Ours in their layout."""
-        if self.is_conv1d:
-            tensor = tensor.flatten(0, 1) if self.is_stacked else tensor
-            return {self.names[0]: tensor.T if tensor.dim() > 1 else tensor}
-        parts = tensor.unbind(0) if self.is_stacked else [tensor]
-        return dict(zip(self.names, parts, strict=True))
-
-
-def bert_layouts(config: ModelConfig) -> dict[str, Layout]:
-    """Return the layout of every parameter of BERT and its heads."""
-    is_post = config.layernorm == "post"
-    body, cls = "encoder.transformer", "cls.predictions"
-    tensors = {
-        f"{body}.{kind}_embeddings.weight": f"bert.embeddings.{kind}_embeddings.weight"
-        for kind in ("word", "position", "token_type")
-    } | {"masked_lm_head.bias": f"{cls}.bias"}
-    modules = {
-        "encoder.pooler": "bert.pooler.dense",
-        "masked_lm_head.transform": f"{cls}.transform.dense",
-        "masked_lm_head.layernorm": f"{cls}.transform.LayerNorm",
-        "sentence_order_head": "cls.seq_relationship",
-    }
-    if is_post:
-        modules[f"{body}.embedding_layernorm"] = "bert.embeddings.LayerNorm"
-    else:
-        modules[f"{body}.final_layernorm"] = "bert.encoder.ln"
-    layouts: dict[str, Layout] = {}
-    for index in range(config.num_layers):
-        ours, theirs = f"{body}.layers.{index}", f"bert.encoder.layer.{index}"
-        attention_layernorm, mlp_layernorm = (
-            ("attention.output.LayerNorm", "output.LayerNorm") if is_post else ("attention.ln", "ln")
-        )
-        modules |= {
-            f"{ours}.attention_layernorm": f"{theirs}.{attention_layernorm}",
-            f"{ours}.attention.output": f"{theirs}.attention.output.dense",
-            f"{ours}.mlp_layernorm": f"{theirs}.{mlp_layernorm}",
-            f"{ours}.mlp.input": f"{theirs}.intermediate.dense",
-            f"{ours}.mlp.output": f"{theirs}.output.dense",
-        }
-        for kind in ("weight", "bias"):
-            names = (f"{theirs}.attention.self.{p}.{kind}" for p in ("query", "key", "value"))
-            layouts[f"{ours}.attention.qkv.{kind}"] = Layout(tuple(names), is_stacked=True)
-    for ours, theirs in modules.items():
-        tensors |= {f"{ours}.{kind}": f"{theirs}.{kind}" for kind in ("weight", "bias")}
-    return layouts | {ours: Layout((theirs,)) for ours, theirs in tensors.items()}
-
-
-def gpt2_layouts(config: ModelConfig) -> dict[str, Layout]:
-    """Return the layout of every parameter of GPT-2."""
-    layouts = {
-        "transformer.word_embeddings.weight": Layout(("transformer.wte.weight",)),
-        "transformer.position_embeddings.weight": Layout(("transformer.wpe.weight",)),
-    }
-    for kind in ("weight", "bias"):
-        layouts[f"transformer.final_layernorm.{kind}"] = Layout((f"transformer.ln_f.{kind}",))
-        for index in range(config.num_layers):
-            ours, theirs = f"transformer.layers.{index}", f"transformer.h.{index}"
-            qkv = Layout((f"{theirs}.attn.c_attn.{kind}",), is_conv1d=True, is_stacked=True)
-            layouts |= {
-                f"{ours}.attention_layernorm.{kind}": Layout((f"{theirs}.ln_1.{kind}",)),
-                f"{ours}.attention.qkv.{kind}": qkv,
-                f"{ours}.attention.output.{kind}": Layout((f"{theirs}.attn.c_proj.{kind}",), True),
-                f"{ours}.mlp_layernorm.{kind}": Layout((f"{theirs}.ln_2.{kind}",)),
-                f"{ours}.mlp.input.{kind}": Layout((f"{theirs}.mlp.c_fc.{kind}",), True),
-                f"{ours}.mlp.output.{kind}": Layout((f"{theirs}.mlp.c_proj.{kind}",), True),
-            }
-    return layouts
-
-
-LAYOUTS: dict[str, Callable[[ModelConfig], dict[str, Layout]]] = {
-    "bert": bert_layouts,
-    "gpt2": gpt2_layouts,
-}
-PREFIXES = {"bert": "bert.", "gpt2": "transformer."}
 
 
 def is_huggingface(folder: Path) -> bool:
@@ -201,7 +104,21 @@ def read_config(folder: Path) -> ModelConfig:
     )
 
 
-def read_tensors(folder: Path, config: ModelConfig) -> dict[str, StoredTensor]:
+def read_head(folder: Path) -> Head | None:
+    """Return what the head of a finetuned Hugging Face folder does; None for any other folder."""
+    values = json.loads((folder / "config.json").read_text())
+    architecture = next(iter(values.get("architectures") or []), "")
+    _, _, ending = architecture.partition("For")
+    for kind, (name, _) in HEADS.items():
+        if name == f"For{ending}":
+            labels = values.get("id2label") or {}
+            return Head(kind, tuple(labels[key] for key in sorted(labels, key=int)))
+    return None
+
+
+def read_tensors(
+    folder: Path, config: ModelConfig, head: Head | None = None
+) -> dict[str, StoredTensor]:
     """Return by our names what a Hugging Face folder holds of our parameters.
 
     Raises:
@@ -219,7 +136,7 @@ def read_tensors(folder: Path, config: ModelConfig) -> dict[str, StoredTensor]:
         stored = {f"{prefix}{name}": tensor for name, tensor in stored.items()}
     return {
         name: layout.read(stored)
-        for name, layout in LAYOUTS[config.family](config).items()
+        for name, layout in parameter_layouts(config, head).items()
         if all(part in stored for part in layout.names)
     }
 
@@ -266,7 +183,7 @@ _DTYPES = {
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
-def export_architecture(config: ModelConfig, names: set[str]) -> str:
+def export_architecture(config: ModelConfig, names: set[str], head: Head | None = None) -> str:
     """Return the transformers class for a network that has the parameters `names`.
 
     Raises:
@@ -277,13 +194,22 @@ def export_architecture(config: ModelConfig, names: set[str]) -> str:
             raise ValueError("GPT-2 with layernorm post has no Hugging Face counterpart")
         return "GPT2LMHeadModel"
     heads = frozenset(name.partition(".")[0] for name in names) - {"encoder"}
-    if heads not in ARCHITECTURES:
-        raise ValueError(f"no Hugging Face BERT has the heads {', '.join(sorted(heads))}")
-    return ("Bert" if config.layernorm == "post" else "MegatronBert") + ARCHITECTURES[heads]
+    if "head" in heads and head is not None:
+        ending = HEADS[head.kind][0]
+    elif heads in ARCHITECTURES:
+        ending = ARCHITECTURES[heads]
+    else:
+        found = ", ".join(sorted(heads))
+        raise ValueError(f"no class of transformers is known for a BERT with {found}")
+    return ("Bert" if config.layernorm == "post" else "MegatronBert") + ending
 
 
 def export_config(
-    config: ModelConfig, *, architecture: str, tokenizer: PreTrainedTokenizerFast | None
+    config: ModelConfig,
+    *,
+    architecture: str,
+    tokenizer: PreTrainedTokenizerFast | None,
+    labels: tuple[str, ...] = (),
 ) -> PreTrainedConfig:
     """Return the transformers configuration of our network; its vocabulary is ours, padding and
     all, and `tokenizer_vocab_size` the tokenizer's own.
@@ -311,6 +237,9 @@ def export_config(
             attn_pdrop=config.attention_dropout,
             **shared,
         )
+    if labels:
+        shared["id2label"] = dict(enumerate(labels))
+        shared["label2id"] = {label: index for index, label in enumerate(labels)}
     cls = BertConfig if config.layernorm == "post" else MegatronBertConfig
     return cls(
         hidden_size=config.hidden_size,
@@ -333,27 +262,39 @@ def write_folder(
     tensors: Mapping[str, StoredTensor],
     *,
     tokenizer: PreTrainedTokenizerFast | None = None,
+    head: Head | None = None,
 ) -> str:
     """Write weights, configuration and tokenizer into `folder`; return the transformers class.
 
     Raises:
         ValueError: the network has no counterpart, or the tokenizer does not fit its vocabulary.
     """
-    architecture = export_architecture(config, set(tensors))
-    exported = export_config(config, architecture=architecture, tokenizer=tokenizer)
+    architecture = export_architecture(config, set(tensors), head)
+    exported = export_config(
+        config, architecture=architecture, tokenizer=tokenizer, labels=_labels(tensors, head)
+    )
     exported.dtype = next(iter(tensors.values())).dtype
     exported.save_pretrained(folder)
     if config.family == "gpt2":
         GenerationConfig.from_model_config(exported).save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    layouts = LAYOUTS[config.family](config)
+    layouts = parameter_layouts(config, head)
     prefix = PREFIXES["bert"] if architecture.endswith("BertModel") else ""
     pieces: list[tuple[Layout, StoredTensor]] = [
         (layouts[name], stored) for name, stored in tensors.items()
     ]
     write_safetensors(folder / WEIGHTS, pieces, prefix=prefix)
     return architecture
+
+
+def _labels(tensors: Mapping[str, StoredTensor], head: Head | None) -> tuple[str, ...]:
+    """Return a classifier's labels; transformers counts its classes by them."""
+    if head is None or head.kind != "classification":
+        return ()
+    num_labels = tensors["head.weight"].shape[0]
+    fits = len(head.labels) == num_labels
+    return head.labels if fits else tuple(f"LABEL_{index}" for index in range(num_labels))
 
 
 def write_safetensors(

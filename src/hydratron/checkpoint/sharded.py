@@ -21,17 +21,21 @@ from torch.optim import Optimizer
 
 from hydratron.parallel.mesh import ParallelMesh
 from hydratron.parallel.placement import parameter_placements
+from hydratron.parallel.zero import OptimizerShard, ShardedAdamW
 
 LOOPS = "loops.pt"
 NAME_PREFIX = "step-"
 
 
-def _global(tensor: Tensor, tp_dim: int | None, mesh: ParallelMesh) -> Tensor:
+def _global(
+    tensor: Tensor, tp_dim: int | None, mesh: ParallelMesh, dp_dim: int | None = None
+) -> Tensor:
     """View this rank's shard as the global tensor it is a part of; shares memory."""
     if mesh.device_mesh is None:
         return tensor
+    dp = Replicate() if dp_dim is None else Shard(dp_dim)
     tp = Replicate() if tp_dim is None or mesh.tp_group is None else Shard(tp_dim)
-    return DTensor.from_local(tensor, mesh.device_mesh, [Replicate(), tp], run_check=False)
+    return DTensor.from_local(tensor, mesh.device_mesh, [dp, tp], run_check=False)
 
 
 def global_parameters(network: nn.Module, mesh: ParallelMesh) -> dict[str, Tensor]:
@@ -61,11 +65,14 @@ def global_optimizer_state(
 ) -> dict[str, Tensor]:
     """Return the optimizer's state as global tensors named `<parameter>/<state>`."""
     placements = parameter_placements(network)
+    shards = optimizer.shards if isinstance(optimizer, ShardedAdamW) else {}
     state: dict[str, Tensor] = {}
     for name, parameter in network.named_parameters():
-        for key, value in optimizer.state[parameter].items():
-            tp_dim = placements[name].tp_dim if value.dim() else None
-            state[f"{name}/{key}"] = _global(value, tp_dim, mesh) if value.dim() else value
+        shard = shards.get(parameter, OptimizerShard(parameter, parameter, None))
+        for key, value in optimizer.state[shard.part].items():
+            if value.dim():
+                value = _global(value, placements[name].tp_dim, mesh, shard.dp_dim)
+            state[f"{name}/{key}"] = value
     return state
 
 
@@ -146,6 +153,8 @@ def load_checkpoint(
         stored = loop_state["hyperparameters"][index]
         for group, values in zip(optimizer.param_groups, stored, strict=True):
             group.update(values)
+        if isinstance(optimizer, ShardedAdamW):
+            optimizer.reload_parts()
     layout = {"tensor_parallel_size": mesh.tensor_parallel_size, "world_size": world_size}
     if optimizers and loop_state["layout"] == layout:
         rng = torch.load(directory / f"rng-{rank}.pt", weights_only=True)

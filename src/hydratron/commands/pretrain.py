@@ -37,6 +37,8 @@ def prepare(config: Mapping[str, Any]) -> PretrainJob:
     parallel = build(ParallelConfig, config["parallel"], name="parallel")
     trainer.local_devices(parallel.world_size)
     model.check_tensor_parallel(parallel.tensor_parallel_size)
+    if optimizer.shard and trainer.precision == "16-mixed":
+        raise ValueError("optimizer.shard works with every trainer.precision but 16-mixed")
     return PretrainJob(
         trainer=trainer,
         parallel=parallel,
@@ -75,8 +77,6 @@ def run(job: PretrainJob, run_dir: Path) -> dict[str, Any]:
     )
     if trainer.is_global_zero:
         data.tokenizer.save_pretrained(run_dir / TOKENIZER)
-    if trainer.is_global_zero:
-        data.tokenizer.save_pretrained(run_dir / "tokenizer")
     checkpoint = newest_checkpoint(run_dir / CHECKPOINTS)
     if checkpoint is not None:
         metrics_file.continue_after(load_loop_state(checkpoint)["global_step"])

@@ -122,7 +122,10 @@ class TrainingModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer, schedule = build_optimizer(
-            self.network, self.optimizer_config, max_steps=self.max_steps
+            self.network,
+            self.optimizer_config,
+            max_steps=self.max_steps,
+            dp_group=self.mesh.dp_group,
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

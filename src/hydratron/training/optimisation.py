@@ -3,11 +3,16 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
+
+from hydratron.parallel.placement import parameter_placements
+from hydratron.parallel.zero import ShardedAdamW
 
 SCHEDULES = ("linear", "cosine", "constant")
 
@@ -19,6 +24,7 @@ class OptimizerConfig:
     The learning rate rises linearly from 0 over the warmup (`warmup_steps`, else
     `warmup_fraction` of the run), then falls to `lr * min_lr_ratio` at `decay_steps` (default: the
     end of the run) and stays there. `clip` is the largest gradient norm, None for no clipping.
+    `shard` splits the moments over the data-parallel group (ZeRO stage 1).
 
     Raises:
         ValueError: a value that cannot be, by name and rule.
@@ -35,6 +41,7 @@ class OptimizerConfig:
     warmup_fraction: float = 0.01
     decay_steps: int | None = None
     min_lr_ratio: float = 0.0
+    shard: bool = False
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
@@ -87,7 +94,7 @@ def is_decayed(name: str) -> bool:
 
 
 def build_optimizer(
-    network: nn.Module, config: OptimizerConfig, *, max_steps: int
+    network: nn.Module, config: OptimizerConfig, *, max_steps: int, dp_group: ProcessGroup | None
 ) -> tuple[AdamW, LambdaLR]:
     """Return fused AdamW over two parameter groups and its schedule.
 
@@ -98,9 +105,18 @@ def build_optimizer(
         {"params": [p for n, p in named if is_decayed(n)], "weight_decay": config.weight_decay},
         {"params": [p for n, p in named if not is_decayed(n)], "weight_decay": 0.0},
     ]
-    optimizer = AdamW(
-        groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
-    )
+    settings: dict[str, Any] = {
+        "lr": config.lr,
+        "betas": (config.beta1, config.beta2),
+        "eps": config.eps,
+        "fused": True,
+    }
+    if config.shard and dp_group is not None:
+        by_name = parameter_placements(network)
+        placements = {parameter: by_name[name] for name, parameter in named}
+        optimizer = ShardedAdamW(groups, placements=placements, dp_group=dp_group, **settings)
+    else:
+        optimizer = AdamW(groups, **settings)
     return optimizer, LambdaLR(optimizer, learning_rate_factor(config, max_steps=max_steps))
 
 

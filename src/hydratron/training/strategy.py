@@ -113,7 +113,6 @@ class TensorParallelStrategy(ParallelStrategy):
                 self._replica = DistributedDataParallel(
                     self.network,
                     process_group=self.mesh.dp_group,
-                    broadcast_buffers=False,
                     gradient_as_bucket_view=True,
                 )
             self.setup_optimizers(trainer)

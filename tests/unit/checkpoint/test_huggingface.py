@@ -146,7 +146,9 @@ def test_a_network_without_heads_is_read(kind: str, tmp_path: Path) -> None:
     sizes = {"vocab_size": 96, "intermediate_size": 64, "n_inner": 64}
     if kind == "gpt2":
         network: nn.Module = GPT2Model(
-            GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)
+            GPT2Config(
+                vocab_size=96, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0
+            )
         )
     else:
         network = BertModel(
@@ -169,9 +171,7 @@ def test_a_network_without_heads_is_read(kind: str, tmp_path: Path) -> None:
 
 
 def test_a_masked_lm_without_pooler_comes_back_as_one(tmp_path: Path) -> None:
-    settings = BertConfig(
-        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=96
-    )
+    settings = BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=96)
     theirs = BertForMaskedLM(settings)
     theirs.save_pretrained(tmp_path / "mlm")
     converted = to_hydratron(read_checkpoint(tmp_path / "mlm"), tmp_path / "converted", None)

@@ -227,9 +227,13 @@ def test_the_tokenizer_must_be_that_of_the_checkpoint(tmp_path: Path) -> None:
     uncased, cased = tokenizer(), tokenizer(lowercase=False)
     read("BertWordPieceLowerCase", 128).check_tokenizer(uncased, "T")
     read("BertWordPieceCase", 256, size=2).check_tokenizer(cased, "T")
-    with pytest.raises(ValueError, match="tokenizer T is uncased, and the vocabulary of .* is cased"):
+    with pytest.raises(
+        ValueError, match="tokenizer T is uncased, and the vocabulary of .* is cased"
+    ):
         read("BertWordPieceCase", 128).check_tokenizer(uncased, "T")
-    with pytest.raises(ValueError, match="tokenizer T is cased, and the vocabulary of .* is uncased"):
+    with pytest.raises(
+        ValueError, match="tokenizer T is cased, and the vocabulary of .* is uncased"
+    ):
         read("BertWordPieceLowerCase", 128).check_tokenizer(cased, "T")
     with pytest.raises(ValueError, match="which pad to 128, 256, 512, 1024, and .* has 384"):
         read(None, 384).check_tokenizer(uncased, "T")
@@ -251,7 +255,11 @@ def test_the_published_cased_and_uncased_vocabularies_are_told_apart_by_their_si
 
     weights = random_weights("bert")
     word = "language_model.embedding.word_embeddings.weight"
-    for rows, fits, misfits in ((29056, 28996, 30522), (30592, 30522, 28996), (30720, 30522, 28996)):
+    for rows, fits, misfits in (
+        (29056, 28996, 30522),
+        (30592, 30522, 28996),
+        (30720, 30522, 28996),
+    ):
         sizes = {word: torch.zeros(rows, 32), "lm_head.bias": torch.zeros(rows)}
         args = arguments("bert", 1, tokenizer_type=None)
         checkpoint = read_checkpoint(write(tmp_path / str(rows), weights | sizes, args))

@@ -20,6 +20,7 @@ from hydratron.checkpoint.tensors import (
     stacked,
     transposed,
 )
+from hydratron.commands.convert import prepare
 from hydratron.parallel.mesh import ParallelMesh
 from hydratron.parallel.placement import parameter_placements
 from tests.unit.checkpoint.networks import (
@@ -86,14 +87,18 @@ def test_a_run_is_read_by_its_frozen_configuration(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not say what its network is: it has neither"):
         read_checkpoint(run)
     (run / ".hydra").mkdir()
-    data = {"path": None, "global_batch_size": 8, "seq_len": 16}
+    data = {"source": "text", "path": None, "global_batch_size": 8, "seq_len": 16}
     frozen = {"model": values, "data": data, "seed": 4}
     (run / ".hydra/resolved.yaml").write_text(yaml.safe_dump(frozen))
     (run / "result.json").write_text(json.dumps({"git_commit": "abc1234", "steps": 3}))
     checkpoint = read_checkpoint(run)
     assert checkpoint.model == config("gpt2")
     card = model_card(checkpoint, "GPT2LMHeadModel", tokenizer())
-    for row in ("| tokens | 384 |", "| commit | abc1234 |", "| data | the novels hydratron ships |"):
+    for row in (
+        "| tokens | 384 |",
+        "| commit | abc1234 |",
+        "| data | the novels hydratron ships |",
+    ):
         assert row in card
 
 
@@ -122,9 +127,7 @@ def test_each_rank_reads_its_share_and_no_more(kind: str, tmp_path: Path) -> Non
         dim = placements[name].tp_dim
         if dim is not None:
             parameter.data = parameter.data.narrow(dim, 0, parameter.size(dim) // 4).clone()
-    fill_parameters(
-        share, ParallelMesh(tensor_parallel_size=4, tp_rank=3), tensors, path=tmp_path
-    )
+    fill_parameters(share, ParallelMesh(tensor_parallel_size=4, tp_rank=3), tensors, path=tmp_path)
     for name, parameter in share.named_parameters():
         assert num_read[name] == parameter.numel()
         dim, whole = placements[name].tp_dim, network.get_parameter(name)
@@ -135,7 +138,9 @@ def test_each_rank_reads_its_share_and_no_more(kind: str, tmp_path: Path) -> Non
 def test_another_model_is_refused_by_its_first_parameter(tmp_path: Path) -> None:
     run = write_directory(tmp_path / "run", random_network("bert-post"))
     checkpoint = read_checkpoint(run)
-    with pytest.raises(ValueError, match=r"another model: .*word_embeddings.weight needs \[64, 32\]"):
+    with pytest.raises(
+        ValueError, match=r"another model: .*word_embeddings.weight needs \[64, 32\]"
+    ):
         checkpoint.load(random_network("bert-post", vocab_size=64), ParallelMesh())
     with pytest.raises(ValueError, match="final_layernorm.weight needs .32. and it holds nothing"):
         checkpoint.load(random_network("bert-pre"), ParallelMesh())
@@ -155,3 +160,35 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "file")
     with pytest.raises(ValueError, match="'some-org/some-bert' is no directory, and not to be had"):
         read_checkpoint("some-org/some-bert")
+
+
+def test_the_command_refuses_wrong_input_before_anything_is_written(tmp_path: Path) -> None:
+    run = write_directory(tmp_path / "run", random_network("gpt2", vocab_size=16))
+    tokenizer().save_pretrained(tmp_path / "large")
+    given = {"to": "huggingface", "checkpoint": run, "output": tmp_path / "out", "tokenizer": None}
+    cases = [
+        ({"to": "onnx"}, "to=onnx is not one of huggingface, hydratron"),
+        ({"checkpoint": None}, "checkpoint= is missing"),
+        ({"output": None}, "output= is missing"),
+        ({"output": run}, "run exists already"),
+        ({"checkpoint": "no/such/folder"}, "checkpoint no/such/folder does not exist"),
+        (
+            {"tokenizer": tmp_path / "large"},
+            r"large has \d+ entries, more than the vocabulary of 16",
+        ),
+    ]
+    for changes, message in cases:
+        with pytest.raises(ValueError, match=message):
+            prepare(given | changes)
+    assert not (tmp_path / "out").exists()
+    assert prepare(given).tokenizer is None
+
+
+def test_a_run_on_an_encoder_of_transformers_is_refused(tmp_path: Path) -> None:
+    run = write_directory(tmp_path / "run", random_network("gpt2"))
+    (run / MODEL).unlink()
+    (run / ".hydra").mkdir()
+    model = {"family": "huggingface", "path": "roberta-base"}
+    (run / ".hydra/resolved.yaml").write_text(yaml.safe_dump({"model": model}))
+    with pytest.raises(ValueError, match="is a run of roberta-base, which is no network of ours"):
+        read_checkpoint(run)

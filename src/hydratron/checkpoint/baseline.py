@@ -1,0 +1,144 @@
+"""Encoders of transformers as baselines: RoBERTa, ALBERT, XLNet, BERT under our heads, one device.
+
+Letters: B batch, S sequence, H hidden.
+"""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from hydratron.checkpoint import sharded
+from hydratron.models.initialisation import parameter_generator
+from hydratron.parallel.mesh import ParallelMesh
+
+INIT_STD = 0.02  # of what a checkpoint lacks, as in all of these models
+NEVER_USED = ("mask_emb",)  # XLNet's, of pretraining
+
+
+class TransformersEncoder(nn.Module):
+    """A bare model of transformers with a pooler: hidden states [B, S, H] and a token [B, H].
+
+    The pooler is the model's own where it has one (BERT, ALBERT), else a new one on the
+    classification token, as in RoBERTa's head and XLNet's sequence summary. `cls_index` is where
+    that token is: 0, or -1 in XLNet.
+    """
+
+    def __init__(self, trunk: nn.Module, *, cls_index: int) -> None:
+        super().__init__()
+        hidden_size: int = trunk.config.hidden_size  # pyright: ignore
+        own = getattr(trunk, "pooler", None)
+        linear = getattr(own, "dense", own)
+        if isinstance(linear, nn.Linear):
+            trunk.pooler = None  # pyright: ignore[reportAttributeAccessIssue]
+        else:
+            linear = nn.Linear(hidden_size, hidden_size)
+        self.trunk, self.pooler, self.cls_index = trunk, linear, cls_index
+        takes_types = "token_type_ids" in inspect.signature(trunk.forward).parameters
+        self.has_types = takes_types and getattr(trunk.config, "type_vocab_size", 2) > 1
+        for name, parameter in trunk.named_parameters():
+            if name.endswith(NEVER_USED):
+                parameter.requires_grad_(False)
+
+    def forward(
+        self, input_ids: Tensor, token_type_ids: Tensor, attention_mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        types = {"token_type_ids": token_type_ids} if self.has_types else {}
+        found = self.trunk(input_ids=input_ids, attention_mask=attention_mask.long(), **types)
+        hidden = found.last_hidden_state  # [B, S, H]
+        return hidden, torch.tanh(self.pooler(hidden[:, self.cls_index]))
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A folder or Hub name of transformers, a task's head to put on it, and its checkpoint of ours
+    if it is finetuned already.
+    """
+
+    path: str
+    config: Any
+    task: Any
+    cls_index: int
+    finetuned: Path | None = None
+
+    @property
+    def max_positions(self) -> int:
+        """The longest sequence it takes; RoBERTa's first positions stand for padding."""
+        positions = getattr(self.config, "max_position_embeddings", None)
+        if not positions or positions < 1:
+            return 10**6  # relative positions
+        is_shifted = "roberta" in self.config.model_type
+        return positions - (self.config.pad_token_id + 1 if is_shifted else 0)
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of encoder and head."""
+        with torch.device("meta"):
+            network = self._network(AutoModel.from_config(self.config))
+        return sum(parameter.numel() for parameter in network.parameters())
+
+    def _network(self, trunk: nn.Module) -> nn.Module:
+        encoder = TransformersEncoder(trunk, cls_index=self.cls_index)
+        return self.task.build_network(encoder, self.config.hidden_size)
+
+    def build(
+        self, mesh: ParallelMesh, *, seed: int, device: torch.device, dtype: torch.dtype
+    ) -> nn.Module:
+        """Return encoder and head; what the folder lacks is drawn from `seed`."""
+        logging.set_verbosity_error()
+        # float32: a half-precision folder kept in half precision trains to chance
+        trunk, info = AutoModel.from_pretrained(
+            self.path, config=self.config, dtype=torch.float32, output_loading_info=True
+        )
+        has_pooler = getattr(trunk, "pooler", None) is not None
+        is_new = not has_pooler or any("pooler" in name for name in info["missing_keys"])
+        network = self._network(trunk)
+        for name, parameter in network.named_parameters():
+            if name.startswith("encoder.trunk.") or ("encoder.pooler" in name and not is_new):
+                continue
+            generator = parameter_generator(seed, name, torch.device("cpu"))
+            with torch.no_grad():
+                parameter.zero_()
+                if parameter.dim() > 1:
+                    parameter.normal_(0.0, INIT_STD, generator=generator)
+        network.to(device, dtype)
+        if self.finetuned is not None:
+            sharded.load_model(self.finetuned, network, mesh)
+        return network
+
+
+def read_baseline(
+    node: Mapping[str, Any], task: Any, tokenizer: PreTrainedTokenizerFast, cls_index: int
+) -> Baseline:
+    """Return the baseline of `model.path`, with the dropout that `model` names, if any.
+
+    Raises:
+        ValueError: nothing of transformers there.
+    """
+    path = node.get("path")
+    if not path:
+        raise ValueError("model=huggingface needs model.path: a folder or Hub name")
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"model.path {path!r} is no model of transformers: {reason}") from error
+    for key, names in {
+        "hidden_dropout": ("hidden_dropout_prob", "dropout"),
+        "attention_dropout": ("attention_probs_dropout_prob",),
+    }.items():
+        for name in names:
+            if node.get(key) is not None and hasattr(config, name):
+                setattr(config, name, node[key])
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"tokenizer of {len(tokenizer)} entries for the vocabulary of {config.vocab_size}"
+            f" of {path}"
+        )
+    return Baseline(str(path), config, task, cls_index)

@@ -1,0 +1,125 @@
+"""A checkpoint of any layout goes on in any other, like a run that was never interrupted."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hydratron.checkpoint.sharded import load_loop_state, newest_checkpoint
+from hydratron.parallel.zero import ShardedAdamW
+from tests.distributed import run_distributed
+from tests.pretraining import Job
+
+STEPS, SAVED = 10, 4
+BOUND = {torch.float64: 1e-9, torch.float32: 5e-6}  # sums in another order over ten steps
+
+
+def job(run_dir: Path, tp: int, dp: int, dtype: torch.dtype, shard: bool, every: int = 0) -> Job:
+    return Job(
+        run_dir,
+        tp=tp,
+        dp=dp,
+        max_steps=STEPS,
+        dtype=dtype,
+        optimizer={"clip": 0.5, "shard": shard},
+        trainer={"checkpoint_every": every},
+    )
+
+
+def train(rank: int, world_size: int, run_dir: Path, *settings: Any) -> dict[str, Any]:
+    """Train, from the newest checkpoint of `run_dir` if there is one, and return the losses."""
+    trainer, module, data, metrics = job(run_dir, *settings).build()
+    checkpoint = newest_checkpoint(run_dir / "checkpoints")
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+    optimizer = trainer.optimizers[0]
+    held = sum(s["exp_avg"].numel() for s in optimizer.state.values())
+    return {
+        "losses": metrics.column("train/loss"),
+        "rates": metrics.column("train/learning_rate"),
+        "is_sharded": isinstance(optimizer, ShardedAdamW),
+        "held": held,
+    }
+
+
+@pytest.fixture(scope="module", params=[torch.float64, torch.float32], ids=["float64", "float32"])
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Runs at TP 2 x DP 2 with checkpoints, without and with ZeRO: {shard: (directory, losses)}."""
+    dtype, runs = request.param, {}
+    for shard in (False, True):
+        path = tmp_path_factory.mktemp("saved")
+        results = run_distributed(train, 4, path, path, 2, 2, dtype, shard, SAVED)
+        runs[shard] = (path, results)
+    return dtype, runs
+
+
+def copy_of_step(source: Path, target: Path, step: int) -> None:
+    (target / "checkpoints").mkdir(parents=True)
+    (target / f"checkpoints/step-{step}").symlink_to(source / f"checkpoints/step-{step}")
+
+
+@pytest.mark.parametrize(("tp", "dp"), [(1, 1), (4, 1), (1, 4), (2, 2)])
+@pytest.mark.parametrize("was_sharded", [False, True])
+def test_any_layout_goes_on_from_any_other(
+    saved: Any, tmp_path: Path, tp: int, dp: int, was_sharded: bool
+) -> None:
+    dtype, runs = saved
+    source, results = runs[was_sharded]
+    copy_of_step(source, tmp_path / "run", 2 * SAVED)
+    is_sharded = not was_sharded  # the other kind of optimizer reads it too
+    arguments = (tmp_path / "run", tp, dp, dtype, is_sharded)
+    if tp * dp == 1:
+        again = train(0, 1, *arguments)
+    else:
+        again = run_distributed(train, tp * dp, tmp_path, *arguments)[0]
+    expected = results[0]["losses"][2 * SAVED :]
+    assert len(expected) == STEPS - 2 * SAVED
+    assert again["losses"] == pytest.approx(expected, abs=BOUND[dtype])
+    assert again["rates"] == results[0]["rates"][2 * SAVED :]
+    assert again["is_sharded"] == (is_sharded and dp > 1)
+
+
+def test_sharding_the_optimizer_changes_memory_and_not_one_bit(saved: Any) -> None:
+    _, runs = saved
+    whole, sharded = runs[False][1][0], runs[True][1][0]
+    assert sharded["is_sharded"]
+    assert sharded["losses"] == whole["losses"]
+    assert sharded["held"] < 0.51 * whole["held"]
+
+
+def test_a_checkpoint_is_as_large_as_what_it_holds(tmp_path: Path) -> None:
+    large = {"hidden_size": 512, "num_heads": 8}
+    trainer, module, data, _ = Job(tmp_path, model=large, max_steps=1).build()
+    trainer.fit(module, datamodule=data)
+    size = sum(path.stat().st_size for path in (tmp_path / "checkpoints/step-1").iterdir())
+    num_values = sum(p.numel() for p in module.network.parameters())
+    assert size == pytest.approx(3 * 4 * num_values, rel=0.02)  # weights and two moments, float32
+
+
+def test_only_complete_checkpoints_count(saved: Any, tmp_path: Path) -> None:
+    source = saved[1][False][0]
+    copy_of_step(source, tmp_path, 2 * SAVED)
+    (tmp_path / "checkpoints/step-99.tmp").mkdir()
+    (tmp_path / "checkpoints/step-77").mkdir()
+    found = newest_checkpoint(tmp_path / "checkpoints")
+    assert found is not None
+    assert found.name == f"step-{2 * SAVED}"
+    assert load_loop_state(found)["global_step"] == 2 * SAVED
+    with pytest.raises(ValueError, match="not a complete checkpoint"):
+        load_loop_state(tmp_path / "checkpoints/step-77")
+
+
+def test_the_newest_two_are_kept_and_last_links_to_the_newest(saved: Any) -> None:
+    directory = saved[1][False][0] / "checkpoints"
+    assert sorted(p.name for p in directory.iterdir()) == ["last", "step-10", "step-8"]
+    assert os.readlink(directory / "last") == "step-10"
+
+
+def test_a_checkpoint_holds_no_pickled_code(saved: Any) -> None:
+    source, _ = saved[1][False]
+    directory = source / "checkpoints/last"
+    state: dict[str, Tensor] = torch.load(directory / "rng-0.pt", weights_only=True)
+    assert "cpu" in state
+    assert load_loop_state(directory)["layout"] == {"tensor_parallel_size": 2, "world_size": 4}

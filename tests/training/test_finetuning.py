@@ -1,0 +1,421 @@
+"""Finetuning: gradients of split and whole encoders, every example once, resuming, zero-shot."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from pytorch_lightning.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from hydratron.checkpoint.source import read_checkpoint
+from hydratron.data.glue import GlueTask
+from hydratron.data.tokenizer import load_tokenizer, train_tokenizer
+from hydratron.data.zeroshot import count_original_tokens, wikitext_detokenize
+from hydratron.models.bert import BertEncoder
+from hydratron.models.config import ModelConfig
+from hydratron.models.heads import Classifier, SpanExtractor, seed_dropout
+from hydratron.parallel.placement import reduce_partial_gradients
+from hydratron.training.evaluation import evaluate
+from hydratron.training.finetuning import FinetuneJob, PretrainedBert, finetune
+from hydratron.training.optimisation import OptimizerConfig
+from hydratron.training.task_data import BatchConfig, TaskData
+from hydratron.training.tasks import ClassificationTask, RaceTask, SquadTask, load_scores
+from hydratron.training.trainer import ParallelConfig, TrainerConfig
+from hydratron.training.zeroshot import (
+    LambadaTask,
+    WikitextTask,
+    ZeroShot,
+    ZeroShotData,
+    vocab_parallel_argmax,
+)
+from tests.distributed import run_distributed
+from tests.parallel.twins import (
+    backward_over_micro_batches,
+    copy_shards,
+    deviation,
+    randomize,
+    shard,
+    split_dimension,
+    tiny_config,
+)
+from tests.tasks import write_bert, write_mnli, write_race, write_squad
+
+CPU = torch.device("cpu")
+SPEC = GlueTask(
+    "mnli", ("premise", "hypothesis"), ("contradiction", "entailment", "neutral")
+)
+
+
+# every head, split against whole
+
+
+def head_on(kind: str, config: ModelConfig, group: Any) -> Any:
+    encoder = BertEncoder(config, group)
+    if kind.startswith("squad"):
+        return SpanExtractor(
+            encoder, config.hidden_size, answerability=kind == "squad2", dropout=0.3
+        ).double()
+    num_labels = 1 if kind == "race" else 3
+    return Classifier(encoder, config.hidden_size, num_labels=num_labels, dropout=0.3).double()
+
+
+def batch_of(kind: str, num_rows: int, seq_len: int, seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def integers(high: int, *shape: int) -> Tensor:
+        return torch.randint(high, shape, generator=generator)
+
+    shape = (num_rows, 4, seq_len) if kind == "race" else (num_rows, seq_len)
+    mask = torch.ones(shape, dtype=torch.bool)
+    mask[0, ..., -1] = False
+    batch = {"input_ids": integers(24, *shape), "token_type_ids": integers(2, *shape)}
+    batch |= {"attention_mask": mask, "labels": integers(4 if kind == "race" else 3, num_rows)}
+    for name in ("start_positions", "end_positions"):
+        batch[name] = integers(seq_len - 1, num_rows)
+    return batch | {"answerable": integers(2, num_rows)}
+
+
+def head_gradients(rank: int, world_size: int) -> dict[tuple[str, str], dict[str, Any]]:
+    group = dist.group.WORLD
+    assert group is not None
+    found = {}
+    for kind in ("mnli", "race", "squad1", "squad2"):
+        for layernorm in ("pre", "post"):
+            config = tiny_config(layernorm=layernorm)
+            dense, split = head_on(kind, config, None), head_on(kind, config, group)
+            randomize(dense)
+            copy_shards(dense, split, group)
+            for network in (dense, split):
+                seed_dropout(network, seed=1, dp_rank=0, device=CPU)
+            torch.manual_seed(7 + rank)  # the default streams of peers differ, as in a run
+            # 5 and 7 tokens a row: 15 tokens do not divide by 2
+            micro_batches = [batch_of(kind, 3, 5, 1), batch_of(kind, 2, 7, 2)]
+            loss = backward_over_micro_batches(dense, micro_batches)
+            local_loss = backward_over_micro_batches(split, micro_batches)
+            reduce_partial_gradients(split, group)
+            whole = dict(dense.named_parameters())
+            result: dict[str, Any] = {"loss": deviation(local_loss, loss), "heads": {}}
+            for name, parameter in split.named_parameters():
+                expected = whole[name].grad
+                if expected is None:
+                    assert parameter.grad is None, name
+                    continue
+                expected = shard(expected, split_dimension(name), group)
+                result[name] = deviation(parameter.grad, expected)
+                if "head" in name or "pooler" in name:
+                    result["heads"][name] = parameter.grad
+            found[kind, layernorm] = result
+    return found
+
+
+def test_every_head_has_whole_gradients_at_tensor_parallel_2(tmp_path: Path) -> None:
+    """With accumulation 2, dropout in the head, and lengths that do not divide by 2."""
+    first, second = run_distributed(head_gradients, 2, tmp_path)
+    for case, found in first.items():
+        for name, value in found.items():
+            if name != "heads":
+                assert value <= 1e-10, (case, name)
+        assert len(found["heads"]) == {"squad1": 2, "squad2": 6}.get(case[0], 4)
+        for name, gradient in found["heads"].items():  # bit for bit: peers must not drift apart
+            assert torch.equal(gradient, second[case]["heads"][name]), (case, name)
+
+
+# whole runs
+
+
+def write_inputs(folder: Path) -> None:
+    write_bert(folder / "bert")
+    write_mnli(folder / "train.jsonl", 48)
+    write_mnli(folder / "dev.jsonl", 23)
+    for version in ("1.1", "2.0"):
+        write_squad(folder / f"train-v{version}.json", 12, version=version)
+        write_squad(folder / f"dev-v{version}.json", 7, version=version)
+    write_race(folder / "train.race.jsonl", 12)
+    write_race(folder / "dev.race.jsonl", 7)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tasks")
+    torch.manual_seed(1)
+    write_inputs(folder)
+    return folder
+
+
+def task_of(kind: str, folder: Path, **changes: Any) -> Any:
+    files = {
+        "mnli": ("train.jsonl", "dev.jsonl"),
+        "squad1": ("train-v1.1.json", "dev-v1.1.json"),
+        "squad2": ("train-v2.0.json", "dev-v2.0.json"),
+        "race": ("train.race.jsonl", "dev.race.jsonl"),
+    }[kind]
+    paths = [str(folder / name) for name in files]
+    common = {"name": kind, "train_path": paths[0], "validation_path": paths[1], "epochs": 2}
+    common |= {"max_seq_len": 48} | changes
+    if kind == "mnli":
+        return ClassificationTask(spec=SPEC, **common)
+    if kind == "race":
+        return RaceTask(max_question_len=16, **common)
+    version = {"squad1": "1.1", "squad2": "2.0"}[kind]
+    return SquadTask(version=version, max_query_len=8, doc_stride=8, **common)
+
+
+def job_for(
+    folder: Path, kind: str = "mnli", *, tp: int = 1, dp: int = 1, steps: int = 6, **changes: Any
+) -> FinetuneJob:
+    task = task_of(kind, folder, **changes.pop("task", {}))
+    checkpoint = read_checkpoint(folder / "bert")
+    model = dataclasses.replace(checkpoint.model, **changes.pop("model", {}))
+    source = PretrainedBert(checkpoint, model, task)
+    batches = BatchConfig(
+        global_batch_size=12,
+        micro_batch_size=changes.pop("micro_batch_size", None),
+        evaluation_batch_size=4,
+        cache_dir=os.environ["HYDRATRON_CACHE"],
+    )
+    tokenizer = load_tokenizer(str(folder / "bert"))
+    data = TaskData(
+        task, batches, tokenizer, max_positions=64, groups=("train", "validation"), seed=1
+    )
+    settings = {"accelerator": "cpu", "log_every": 1, "val_every": 3, "checkpoint_every": 3}
+    return FinetuneJob(
+        TrainerConfig(**settings | {"max_steps": steps} | changes),
+        ParallelConfig(tensor_parallel_size=tp, data_parallel_size=dp),
+        OptimizerConfig(lr=1e-3, warmup_steps=1, schedule="constant"),
+        source,
+        data,
+        seed=1,
+    )
+
+
+def finetune_on(job: FinetuneJob, run_dir: Path) -> dict[str, Any]:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    is_external = "RANK" in os.environ
+    environment = TorchElasticEnvironment() if is_external else LightningEnvironment()
+    return finetune(job, run_dir, loggers=[], environment=environment)
+
+
+def finetune_on_ranks(
+    rank: int, world_size: int, inputs: Path, run_dir: Path, settings: dict[str, Any]
+) -> dict[str, Any]:
+    return finetune_on(job_for(inputs, **settings), run_dir)
+
+
+def compare_runs(found: dict[str, Any], expected: dict[str, Any], folders: list[Path]) -> None:
+    """The same metrics and the same scores of every held-out example, each once."""
+    assert found.keys() - {"perf/examples_per_second"} == expected.keys() - {
+        "perf/examples_per_second"
+    }
+    for key, value in expected.items():
+        if isinstance(value, float) and not key.startswith("perf/"):
+            assert found[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
+    files = sorted((folders[0] / "predictions").glob("*.safetensors"))
+    assert files
+    for path in files:
+        one, other = load_scores(path), load_scores(folders[1] / "predictions" / path.name)
+        for name, rows in one.items():
+            for row, same in zip(rows, other[name], strict=True):
+                # a softmax does not see what is added to all: Adam moves that by rounding errors
+                shift = 0.0 if name == "answerable" else np.mean(row - same)
+                assert np.allclose(row, same + shift, atol=1e-4), name
+
+
+@pytest.mark.parametrize("kind", ["mnli", "race", "squad1", "squad2"])
+def test_tensor_parallel_2_finetunes_as_one_device_with_dropout_in_the_head(
+    kind: str, inputs: Path, tmp_path: Path
+) -> None:
+    settings = {"kind": kind, "micro_batch_size": 5, "task": {"head_dropout": 0.2}}
+    expected = finetune_on(job_for(inputs, **settings), tmp_path / "one")
+    run_dir = tmp_path / "two"
+    found = run_distributed(
+        finetune_on_ranks, 2, tmp_path, inputs, run_dir, settings | {"tp": 2}
+    )
+    for result in found:
+        compare_runs(result, expected, [tmp_path / "one", run_dir])
+
+
+@pytest.mark.parametrize("kind", ["mnli", "squad2"])
+def test_data_parallel_3_counts_every_example_once(
+    kind: str, inputs: Path, tmp_path: Path
+) -> None:
+    """23 rows or 14 questions over 3 ranks: they differ in rows, and one may lack a batch."""
+    settings = {"kind": kind, "task": {"head_dropout": 0.0}}
+    expected = finetune_on(job_for(inputs, **settings), tmp_path / "one")
+    run_dir = tmp_path / "three"
+    found = run_distributed(
+        finetune_on_ranks, 3, tmp_path, inputs, run_dir, settings | {"dp": 3}
+    )
+    for result in found:
+        compare_runs(result, expected, [tmp_path / "one", run_dir])
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint")
+def test_resuming_repeats_and_omits_nothing(inputs: Path, tmp_path: Path) -> None:
+    """Trunk and head dropout on; the break lies inside an epoch (4 steps)."""
+    settings: dict[str, Any] = {"model": {"hidden_dropout": 0.1}, "checkpoint_every": 2}
+    whole = finetune_on(job_for(inputs, steps=8, **settings), tmp_path / "whole")
+    first = finetune_on(job_for(inputs, steps=6, **settings), tmp_path / "parts")
+    assert first["steps"] == 6
+    second = finetune_on(job_for(inputs, steps=8, **settings), tmp_path / "parts")
+    assert second["train/loss"] == whole["train/loss"]
+    assert second["val/loss"] == whole["val/loss"]
+
+
+def test_patience_stops_and_keeps_the_best(inputs: Path, tmp_path: Path) -> None:
+    """A learning rate this high makes it worse soon."""
+    job = job_for(inputs, steps=40, val_every=1, checkpoint_every=0, task={"patience": 3})
+    job = dataclasses.replace(job, optimizer=OptimizerConfig(lr=0.3, schedule="constant"))
+    found = finetune_on(job, tmp_path / "run")
+    assert found["steps"] == found["best_step"] + 3 < 40
+    assert (tmp_path / "run/checkpoints/best/loops.pt").is_file()
+    scores = load_scores(tmp_path / "run/predictions/validation.safetensors")
+    labels = [row["label"] for row in job.data.splits["validation"][0].examples]
+    accuracy = np.mean(np.stack(scores["logits"]).argmax(1) == labels)
+    assert accuracy == pytest.approx(found["val/accuracy"])
+
+
+def test_a_head_of_other_classes_is_refused_unless_a_new_one_is_asked_for(
+    inputs: Path, tmp_path: Path
+) -> None:
+    finetune_on(job_for(inputs, steps=1), tmp_path / "run")
+    (tmp_path / "run/model.json").write_text(
+        json.dumps(dataclasses.asdict(read_checkpoint(inputs / "bert").model))
+    )
+    checkpoint = read_checkpoint(tmp_path / "run")
+    task = task_of("race", inputs)
+    with pytest.raises(ValueError, match=r"needs a head of 1 outputs, and head.weight .* has 3"):
+        PretrainedBert(checkpoint, checkpoint.model, task)
+    PretrainedBert(checkpoint, checkpoint.model, task_of("race", inputs, new_head=True))
+    with pytest.raises(ValueError, match="it is not finetuned on mnli"):
+        bare = read_checkpoint(inputs / "bert")
+        PretrainedBert(bare, bare.model, task_of("mnli", inputs), needs_head=True)
+
+
+# zero-shot GPT-2
+
+
+TEXT = " The tower , built in 1889 , is 330 @.@ 5 m tall . It has @-@ by now - visitors .\n" * 6
+PASSAGES = ["the tower is not tall enough", "he has seen the visitors of the tower"]
+WINDOW, OVERLAP = 16, 5
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gpt2")
+    tokenizer = train_tokenizer("bpe", [TEXT, *PASSAGES], vocab_size=300, lowercase=False)
+    torch.manual_seed(3)
+    shape = {"n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": WINDOW}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=300, initializer_range=0.3, **shape))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "wiki.test.tokens").write_text(TEXT)
+    (folder / "lambada.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in PASSAGES))
+    return folder
+
+
+def zero_shot(folder: Path, run_dir: Path, *, tp: int = 1, dp: int = 1) -> dict[str, float]:
+    checkpoint = read_checkpoint(folder)
+    tokenizer = load_tokenizer(str(folder))
+    found: dict[str, float] = {}
+    wikitext = WikitextTask(
+        name="wikitext103", path=str(folder / "wiki.test.tokens"), overlap=OVERLAP
+    )
+    for task in (wikitext, LambadaTask(name="lambada", path=str(folder / "lambada.jsonl"))):
+        sets = task.load(tokenizer, checkpoint.model.max_seq_len)
+        found |= evaluate(
+            ZeroShot(checkpoint, sets),
+            ZeroShotData(sets, batch_size=3),
+            run_dir,
+            trainer=TrainerConfig(accelerator="cpu", max_steps=1, val_every=1),
+            parallel=ParallelConfig(tensor_parallel_size=tp, data_parallel_size=dp),
+            environment=TorchElasticEnvironment()
+            if "RANK" in os.environ
+            else LightningEnvironment(),
+        )
+    return found
+
+
+def zero_shot_on_ranks(
+    rank: int, world_size: int, folder: Path, run_dir: Path, grid: dict[str, int]
+) -> dict[str, float]:
+    return zero_shot(folder, run_dir, **grid)
+
+
+def slow_zero_shot(folder: Path) -> dict[str, float]:
+    """One forward pass of transformers a target, in float64."""
+    model = GPT2LMHeadModel.from_pretrained(folder).double().eval()
+    tokenizer = load_tokenizer(str(folder))
+
+    def log_probabilities(ids: list[int]) -> Tensor:
+        with torch.no_grad():
+            return model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+
+    ids = tokenizer.encode(wikitext_detokenize(TEXT), add_special_tokens=False)
+    total = 0.0
+    for target in range(1, len(ids)):
+        late = max(0, target - WINDOW)  # targets beyond the first window
+        start = -(-late // OVERLAP) * OVERLAP
+        total -= float(log_probabilities(ids[start:target])[ids[target]])
+    strict = loose = 0
+    for text in PASSAGES:
+        context, _, word = text.rpartition(" ")
+        known = tokenizer.encode(context, add_special_tokens=False)
+        right = True
+        for token in tokenizer.encode(" " + word, add_special_tokens=False):
+            right &= int(log_probabilities(known[-WINDOW:]).argmax()) == token
+            known.append(token)
+        strict += right
+        whole = tokenizer.encode(text, add_special_tokens=False)
+        loose += int(log_probabilities(whole[:-1][-WINDOW:]).argmax()) == whole[-1]
+    return {
+        "test/loss": total / (len(ids) - 1),
+        "test/perplexity": float(np.exp(total / (len(ids) - 1))),
+        "test/adjusted_perplexity": float(np.exp(total / (count_original_tokens(TEXT) - 1))),
+        "test/num_tokens": len(ids),
+        "test/accuracy": strict / len(PASSAGES),
+        "test/accuracy_loose": loose / len(PASSAGES),
+    }
+
+
+def learn_passages(folder: Path) -> None:
+    """Make the model right about some last words, so that accuracy is not 0 throughout."""
+    model = GPT2LMHeadModel.from_pretrained(folder)
+    tokenizer = load_tokenizer(str(folder))
+    ids = torch.tensor([tokenizer.encode(PASSAGES[0], add_special_tokens=False)[-WINDOW:]])
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(30):
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+
+
+def test_zero_shot_equals_a_slow_computation_with_transformers(gpt2: Path, tmp_path: Path) -> None:
+    learn_passages(gpt2)
+    expected = slow_zero_shot(gpt2)
+    assert 0 < expected["test/accuracy_loose"] < 1
+    found = zero_shot(gpt2, tmp_path)
+    for grid in ({"tp": 2}, {"dp": 2}):
+        for result in run_distributed(zero_shot_on_ranks, 2, tmp_path, gpt2, tmp_path, grid):
+            assert result == pytest.approx(found, rel=1e-6)
+    for key, value in expected.items():
+        assert found[key] == pytest.approx(value, rel=1e-6), key
+
+
+def argmax_on_ranks(rank: int, world_size: int) -> tuple[Tensor, Tensor]:
+    logits = torch.randint(3, (200, 8), generator=torch.Generator().manual_seed(1)).float()
+    group = dist.group.WORLD
+    found = vocab_parallel_argmax(logits.chunk(world_size, -1)[rank], group)
+    return found, vocab_parallel_argmax(logits, None)
+
+
+def test_the_best_token_of_a_split_vocabulary_is_the_first_of_equal_ones(tmp_path: Path) -> None:
+    for found, expected in run_distributed(argmax_on_ranks, 2, tmp_path):
+        assert torch.equal(found, expected)
