@@ -223,7 +223,8 @@ def execute(job: Job) -> None:
         if isinstance(error, SystemExit) and error.code == TERMINATED:
             outcome["status"] = "preempted"
         if outcome["status"] != "preempted":
-            name = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+            is_ours = isinstance(error, (InputError, JobFailed))
+            name = "" if is_ours else f"{type(error).__name__}: "
             outcome |= {"status": "failed", "error": note_failure(job.run_dir, f"{name}{error}")}
         raise
     finally:
@@ -241,6 +242,7 @@ def quiet_libraries() -> None:
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)")
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    warnings.filterwarnings("ignore", message="The `srun` command is available on your system")
     # the sampler starts at the consumed samples; Lightning cannot know
     warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before")
 

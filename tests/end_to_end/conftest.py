@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +11,8 @@ from typing import Any
 
 import pandas as pd
 import pytest
+
+from hydratron import cli
 
 SCRIPT = Path(sys.executable).with_name("hydratron")
 # a second or two of training on the shipped text
@@ -35,6 +38,28 @@ def hydratron(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]
             text=True,
             timeout=300,
         )
+
+    return run
+
+
+@pytest.fixture
+def in_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run `hydratron ARGUMENTS` in this process, which has imported everything already."""
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["hydratron", *arguments])
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            code = cli.main() or 0
+        except SystemExit as stop:
+            code = stop.code
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        output, errors = capfd.readouterr()
+        return subprocess.CompletedProcess(arguments, int(code or 0), output, errors)
 
     return run
 

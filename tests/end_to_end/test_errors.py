@@ -16,7 +16,6 @@ def corpus(tmp_path: Path) -> Path:
     with IndexedWriter(tmp_path / "corpus", np.uint16) as writer:
         for start in range(4):
             writer.add_document([np.arange(start, 40 + start, dtype=np.uint16)] * 2)
-        writer.finalize()
     (tmp_path / "vocabulary").mkdir()
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(60))]
     (tmp_path / "vocabulary/vocab.txt").write_text("\n".join(words))
@@ -34,7 +33,7 @@ def corpus(tmp_path: Path) -> Path:
         (["data.path=empty"], "empty"),
         (["data.path=missing"], "missing: no such file or folder"),
         (["data.seq_len=64"], "data.seq_len 64 exceeds the model's max_seq_len 16"),
-        (["model.vocab_size=8"], "vocab"),
+        (["model.vocab_size=4"], "vocab_size 4"),
         (["model.layernorm=sideways"], "model.layernorm 'sideways' is not one of pre, post"),
         (["data.global_batch_size=33", "parallel=dp2"], "global_batch_size 33 is not divisible"),
         (["trainer.precision=16-mixed"], "16-mixed needs a GPU"),
@@ -42,20 +41,20 @@ def corpus(tmp_path: Path) -> Path:
     ],
 )
 def test_wrong_input_is_one_line_and_status_2(
-    hydratron, tmp_path: Path, overrides: list[str], line: str
+    in_process, tmp_path: Path, overrides: list[str], line: str
 ) -> None:
     (tmp_path / "empty").mkdir()
-    done = hydratron("pretrain", *TINY, *overrides)
+    done = in_process("pretrain", *TINY, *overrides)
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
     assert line in done.stderr
     assert not list(tmp_path.rglob("metrics.csv"))
 
 
-def test_a_truncated_index_is_refused_by_name(hydratron, corpus: Path) -> None:
+def test_a_truncated_index_is_refused_by_name(in_process, corpus: Path) -> None:
     path = corpus.with_suffix(".idx")
     path.write_bytes(path.read_bytes()[:-7])
-    done = hydratron(
+    done = in_process(
         "pretrain", *TINY[:-2], "data=indexed", f"data.path={corpus}",
         f"data.tokenizer={corpus.parent / 'vocabulary'}",
     )  # fmt: skip
@@ -63,8 +62,8 @@ def test_a_truncated_index_is_refused_by_name(hydratron, corpus: Path) -> None:
     assert "corpus.idx" in done.stderr
 
 
-def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(hydratron, corpus: Path) -> None:
-    done = hydratron(
+def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(in_process, corpus: Path) -> None:
+    done = in_process(
         "pretrain", *TINY, "data=indexed", f"data.path={corpus}", "model.vocab_size=64",
         f"data.tokenizer={corpus.parent / 'vocabulary'}",
     )  # fmt: skip
@@ -72,8 +71,8 @@ def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(hydratron, corpus: P
     assert "vocabulary of 64 is smaller than the tokenizer's 65 entries" in done.stderr
 
 
-def test_an_indexed_corpus_trains(hydratron, corpus: Path, tmp_path: Path) -> None:
-    done = hydratron(
+def test_an_indexed_corpus_trains(in_process, corpus: Path, tmp_path: Path) -> None:
+    done = in_process(
         "pretrain", *TINY, "data=indexed", f"data.path={corpus}", "data.num_workers=2",
         f"data.tokenizer={corpus.parent / 'vocabulary'}", "hydra.run.dir=run",
     )  # fmt: skip
@@ -81,25 +80,25 @@ def test_an_indexed_corpus_trains(hydratron, corpus: Path, tmp_path: Path) -> No
     assert result(tmp_path / "run")["status"] == "ok"
 
 
-def test_a_folder_of_text_trains(hydratron, tmp_path: Path) -> None:
+def test_a_folder_of_text_trains(in_process, tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
     book = Path(__file__).parents[2] / "src/hydratron/data/shipped"
     shutil.copy(next(book.glob("*.txt")), tmp_path / "texts/book.txt")
-    done = hydratron("pretrain", *TINY, "data.path=texts", "hydra.run.dir=run")
+    done = in_process("pretrain", *TINY, "data.path=texts", "hydra.run.dir=run")
     assert done.returncode == 0, done.stderr
     assert result(tmp_path / "run")["status"] == "ok"
 
 
-def test_a_checkpoint_of_another_model_is_refused_by_parameter(hydratron, tmp_path: Path) -> None:
-    assert hydratron("pretrain", *TINY, "hydra.run.dir=run").returncode == 0
+def test_a_checkpoint_of_another_model_is_refused_by_parameter(in_process, tmp_path: Path) -> None:
+    assert in_process("pretrain", *TINY, "hydra.run.dir=run").returncode == 0
     (tmp_path / "run/result.json").unlink()
-    done = hydratron("pretrain", "resume=run", "model.hidden_size=64", "trainer.max_steps=8")
+    done = in_process("pretrain", "resume=run", "model.hidden_size=64", "trainer.max_steps=8")
     assert done.returncode != 0
     assert "is of another model" in done.stderr
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(hydratron, tmp_path: Path) -> None:
-    done = hydratron(
+def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(in_process, tmp_path: Path) -> None:
+    done = in_process(
         "pretrain", *TINY, "hydra.run.dir=run", "optimizer.clip=null", "model.init_std=1e30",
         "trainer.max_steps=30", "trainer.max_skipped_steps=5",
     )  # fmt: skip
@@ -108,9 +107,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(hydratron, tmp_p
     assert "6 steps up to step 6 were skipped" in error
 
 
-def test_a_run_directory_is_never_overwritten_by_another_run(hydratron, tmp_path: Path) -> None:
-    assert hydratron("pretrain", *TINY, "hydra.run.dir=run").returncode == 0
-    done = hydratron("pretrain", *TINY, "seed=2", "hydra.run.dir=run")
+def test_a_run_directory_is_never_overwritten_by_another_run(in_process, tmp_path: Path) -> None:
+    assert in_process("pretrain", *TINY, "hydra.run.dir=run").returncode == 0
+    done = in_process("pretrain", *TINY, "seed=2", "hydra.run.dir=run")
     assert done.returncode == 2, done.stderr
     assert "holds a run already; resume=" in done.stderr
 

@@ -121,9 +121,7 @@ def read_baseline(
     Raises:
         ValueError: nothing of transformers there.
     """
-    path = node.get("path")
-    if not path:
-        raise ValueError("model=huggingface needs model.path: a folder or Hub name")
+    path = node["path"]
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:

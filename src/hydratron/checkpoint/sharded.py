@@ -27,6 +27,10 @@ LOOPS = "loops.pt"
 NAME_PREFIX = "step-"
 
 
+class CheckpointError(ValueError):
+    """A directory is no complete checkpoint, or one of another model."""
+
+
 def _global(
     tensor: Tensor, tp_dim: int | None, mesh: ParallelMesh, dp_dim: int | None = None
 ) -> Tensor:
@@ -141,7 +145,7 @@ def load_checkpoint(
     The random streams are restored when the layout is the one that saved them.
 
     Raises:
-        ValueError: no complete checkpoint there, or one of another model.
+        CheckpointError: no complete checkpoint there, or one of another model.
     """
     rank, world_size = _rank_and_world_size()
     loop_state = load_loop_state(directory)
@@ -169,7 +173,7 @@ def load_checkpoint(
 def load_loop_state(directory: Path) -> dict[str, Any]:
     """Return what a checkpoint holds besides tensors: steps, schedules, loss scale, layout."""
     if not (directory / LOOPS).is_file():
-        raise ValueError(f"{directory} is not a complete checkpoint: it has no {LOOPS}")
+        raise CheckpointError(f"{directory} is not a complete checkpoint: it has no {LOOPS}")
     return torch.load(directory / LOOPS, weights_only=True, map_location="cpu")
 
 
@@ -177,7 +181,7 @@ def load_model(directory: Path, network: nn.Module, mesh: ParallelMesh) -> None:
     """Fill the parameters of `network` in place.
 
     Raises:
-        ValueError: names or global shapes differ from the checkpoint's; the first one is named.
+        CheckpointError: names or global shapes differ from the checkpoint's; the first one is named.
     """
     parameters = global_parameters(network, mesh)
     stored = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
@@ -186,7 +190,7 @@ def load_model(directory: Path, network: nn.Module, mesh: ParallelMesh) -> None:
         shape = list(getattr(entry, "size", []))
         if shape != list(parameter.shape):
             found = shape if entry is not None else "nothing"
-            raise ValueError(
+            raise CheckpointError(
                 f"checkpoint {directory} is of another model: {name} needs"
                 f" {list(parameter.shape)} and it holds {found}"
             )

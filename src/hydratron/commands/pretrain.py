@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydratron.checkpoint.sharded import load_loop_state, newest_checkpoint
+from hydratron.checkpoint.sharded import CheckpointError, load_loop_state, newest_checkpoint
 from hydratron.checkpoint.source import TOKENIZER
 from hydratron.commands.configuration import build, build_loggers, cluster_environment
+from hydratron.launch import JobFailed
 from hydratron.models.config import ModelConfig
 from hydratron.training.callbacks import Throughput, was_stopped
 from hydratron.training.datamodule import DataConfig, PretrainingData
 from hydratron.training.metrics import MetricsFile
+from hydratron.training.module import NonFiniteLossError
 from hydratron.training.optimisation import OptimizerConfig
 from hydratron.training.pretraining import PretrainingModule, num_parameters
 from hydratron.training.trainer import CHECKPOINTS, ParallelConfig, TrainerConfig, build_trainer
@@ -80,7 +82,13 @@ def run(job: PretrainJob, run_dir: Path) -> dict[str, Any]:
     checkpoint = newest_checkpoint(run_dir / CHECKPOINTS)
     if checkpoint is not None:
         metrics_file.continue_after(load_loop_state(checkpoint)["global_step"])
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+    except NonFiniteLossError as error:
+        good = newest_checkpoint(run_dir / CHECKPOINTS) or "none"
+        raise JobFailed(f"{error}; last good checkpoint: {good}") from error
+    except CheckpointError as error:
+        raise JobFailed(str(error)) from error
     is_stopped = was_stopped(trainer)
     if not is_stopped and module.validated_step != trainer.global_step:
         trainer.validate(module, datamodule=data, verbose=False)
