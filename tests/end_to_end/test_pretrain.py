@@ -10,6 +10,7 @@ import pytest
 
 from tests.end_to_end.conftest import SCRIPT, TINY, metrics, result
 
+ENDLESS = ["trainer.max_steps=100000", "hydra.run.dir=run"]
 # the quickstart's own sweep, held at one point
 ONE = ["layernorm=pre", "optimizer.lr=3e-3", "seed=1"]
 
@@ -73,9 +74,7 @@ def test_sweep_over_world_sizes_gives_separate_correct_runs(
     runs = [result(path.parent) for path in sorted(tmp_path.glob("sweep/*/result.json"))]
     num_models = 2 * len(seeds.split(","))
     assert [run["status"] for run in runs] == ["ok"] * 2 * num_models
-    loss = {
-        (r["tensor_parallel_size"], r["layernorm"], r["seed"]): r["train/loss"] for r in runs
-    }
+    loss = {(r["tensor_parallel_size"], r["layernorm"], r["seed"]): r["train/loss"] for r in runs}
     assert len(loss) == 2 * num_models
     assert len({round(value, 4) for value in loss.values()}) == num_models  # each on two grids
     for (_, layernorm, seed), value in loss.items():
@@ -105,15 +104,16 @@ def test_resuming_a_sweep_runs_only_what_is_missing(hydratron, tmp_path: Path) -
     assert (tmp_path / "sweep/multirun.yaml").read_text() == definition
 
 
-def start(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [SCRIPT, "pretrain", *TINY, "trainer.max_steps=100000", "hydra.run.dir=run", *arguments],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+def start(tmp_path: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    """Start a run without end in `tmp_path/run`; what it prints goes to `tmp_path/output.txt`."""
+    with (tmp_path / "output.txt").open("ab") as output:
+        return subprocess.Popen(
+            [SCRIPT, "pretrain", *TINY[:-1], *ENDLESS, *arguments],
+            cwd=tmp_path,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
 
 def wait_for_step(run: Path, step: int) -> None:
@@ -155,8 +155,7 @@ def test_sigterm_saves_exits_143_and_resumes_bit_for_bit(
     process = start(tmp_path, *settings)
     wait_for_step(tmp_path / "run", 3)
     os.kill(process.pid, signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 143, output
+    assert process.wait(timeout=60) == 143, (tmp_path / "output.txt").read_text()
     found = result(tmp_path / "run")
     assert found["status"] == "preempted"
     assert (tmp_path / "run/checkpoints/last").resolve().name == f"step-{found['steps']}"
@@ -176,7 +175,7 @@ def test_interrupt_leaves_no_process_behind(tmp_path: Path) -> None:
     process = start(tmp_path, "parallel=tp2")
     wait_for_step(tmp_path / "run", 2)
     os.killpg(process.pid, signal.SIGINT)
-    process.communicate(timeout=60)
+    process.wait(timeout=60)
     assert process.returncode not in (0, None)
     assert wait_until_gone(tmp_path / "run") == []
     assert result(tmp_path / "run")["status"] == "failed"
@@ -197,7 +196,7 @@ def test_a_killed_rank_ends_its_job_within_seconds(tmp_path: Path) -> None:
     else:
         raise AssertionError("rank 1 not found")
     started = time.monotonic()
-    process.communicate(timeout=60)
+    process.wait(timeout=60)
     assert time.monotonic() - started < 20
     assert process.returncode == 1
     assert result(tmp_path / "run")["status"] == "failed"

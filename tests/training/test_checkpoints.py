@@ -1,14 +1,17 @@
 """A checkpoint of any layout goes on in any other, like a run that was never interrupted."""
 
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
-from hydratron.checkpoint.sharded import load_loop_state, newest_checkpoint
+from hydratron.checkpoint.sharded import CheckpointError, load_loop_state, newest_checkpoint
 from hydratron.parallel.zero import ShardedAdamW
 from tests.distributed import run_distributed
 from tests.pretraining import Job
@@ -123,3 +126,77 @@ def test_a_checkpoint_holds_no_pickled_code(saved: Any) -> None:
     state: dict[str, Tensor] = torch.load(directory / "rng-0.pt", weights_only=True)
     assert "cpu" in state
     assert load_loop_state(directory)["layout"] == {"tensor_parallel_size": 2, "world_size": 4}
+
+
+class SlowSaves(Callback):
+    """Holds every background save back until training has gone on for two steps."""
+
+    def __init__(self) -> None:
+        self.released = threading.Event()
+        self.saved_at = 0
+        self.steps_meanwhile = 0
+
+    def on_save_checkpoint(self, trainer: Any, module: Any, checkpoint: Any) -> None:
+        self.saved_at = trainer.global_step
+        if self.saved_at < STEPS:  # nothing comes after the last one
+            self.released.clear()
+
+    def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+        pending = trainer.strategy._pending
+        if pending is not None and not pending.is_done():
+            self.steps_meanwhile += 1
+        if trainer.global_step >= self.saved_at + 2:
+            self.released.set()
+
+
+def background_job(run_dir: Path, tp: int) -> Job:
+    settings = {"checkpoint_every": 4, "async_checkpoints": True}
+    return Job(run_dir, tp=tp, max_steps=STEPS, trainer=settings, optimizer={"clip": 0.5})
+
+
+def test_training_goes_on_while_a_save_is_pending(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = SlowSaves()
+    write = dcp.FileSystemWriter.write_data
+
+    def held_back(self: Any, *arguments: Any) -> Any:
+        assert slow.released.wait(timeout=60)
+        return write(self, *arguments)
+
+    monkeypatch.setattr(dcp.FileSystemWriter, "write_data", held_back)
+    trainer, module, data, metrics = background_job(tmp_path, 1).build([slow])
+    slow.released.set()
+    trainer.fit(module, datamodule=data)
+    assert slow.steps_meanwhile >= 2
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        "last",
+        "step-10",
+        "step-8",
+    ]
+
+
+def train_in_background(rank: int, world_size: int, run_dir: Path) -> list[float]:
+    trainer, module, data, metrics = background_job(run_dir, 2).build()
+    trainer.fit(module, datamodule=data)
+    return metrics.column("train/loss")
+
+
+def test_a_background_save_holds_the_step_it_was_taken_at(tmp_path: Path) -> None:
+    losses = run_distributed(train_in_background, 2, tmp_path, tmp_path / "run")[0]
+    copy_of_step(tmp_path / "run", tmp_path / "again", 2 * SAVED)
+    again = train(0, 1, tmp_path / "again", 1, 1, torch.float32, False)
+    assert again["losses"] == pytest.approx(losses[2 * SAVED :], abs=BOUND[torch.float32])
+
+
+def test_a_failed_background_save_stops_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(dcp.FileSystemWriter, "write_data", fail)
+    trainer, module, data, _ = background_job(tmp_path, 1).build()
+    with pytest.raises(CheckpointError, match=r"saving .*step-4 failed"):
+        trainer.fit(module, datamodule=data)
+    assert newest_checkpoint(tmp_path / "checkpoints") is None

@@ -48,9 +48,7 @@ from tests.parallel.twins import (
 from tests.tasks import write_bert, write_mnli, write_race, write_squad
 
 CPU = torch.device("cpu")
-SPEC = GlueTask(
-    "mnli", ("premise", "hypothesis"), ("contradiction", "entailment", "neutral")
-)
+SPEC = GlueTask("mnli", ("premise", "hypothesis"), ("contradiction", "entailment", "neutral"))
 
 
 # every head, split against whole
@@ -234,24 +232,18 @@ def test_tensor_parallel_2_finetunes_as_one_device_with_dropout_in_the_head(
     settings = {"kind": kind, "micro_batch_size": 5, "task": {"head_dropout": 0.2}}
     expected = finetune_on(job_for(inputs, **settings), tmp_path / "one")
     run_dir = tmp_path / "two"
-    found = run_distributed(
-        finetune_on_ranks, 2, tmp_path, inputs, run_dir, settings | {"tp": 2}
-    )
+    found = run_distributed(finetune_on_ranks, 2, tmp_path, inputs, run_dir, settings | {"tp": 2})
     for result in found:
         compare_runs(result, expected, [tmp_path / "one", run_dir])
 
 
 @pytest.mark.parametrize("kind", ["mnli", "squad2"])
-def test_data_parallel_3_counts_every_example_once(
-    kind: str, inputs: Path, tmp_path: Path
-) -> None:
+def test_data_parallel_3_counts_every_example_once(kind: str, inputs: Path, tmp_path: Path) -> None:
     """23 rows or 14 questions over 3 ranks: they differ in rows, and one may lack a batch."""
     settings = {"kind": kind, "task": {"head_dropout": 0.0}}
     expected = finetune_on(job_for(inputs, **settings), tmp_path / "one")
     run_dir = tmp_path / "three"
-    found = run_distributed(
-        finetune_on_ranks, 3, tmp_path, inputs, run_dir, settings | {"dp": 3}
-    )
+    found = run_distributed(finetune_on_ranks, 3, tmp_path, inputs, run_dir, settings | {"dp": 3})
     for result in found:
         compare_runs(result, expected, [tmp_path / "one", run_dir])
 
@@ -293,8 +285,8 @@ def test_a_head_of_other_classes_is_refused_unless_a_new_one_is_asked_for(
     with pytest.raises(ValueError, match=r"needs a head of 1 outputs, and head.weight .* has 3"):
         PretrainedBert(checkpoint, checkpoint.model, task)
     PretrainedBert(checkpoint, checkpoint.model, task_of("race", inputs, new_head=True))
+    bare = read_checkpoint(inputs / "bert")
     with pytest.raises(ValueError, match="it is not finetuned on mnli"):
-        bare = read_checkpoint(inputs / "bert")
         PretrainedBert(bare, bare.model, task_of("mnli", inputs), needs_head=True)
 
 

@@ -36,7 +36,7 @@ class TransformersEncoder(nn.Module):
         own = getattr(trunk, "pooler", None)
         linear = getattr(own, "dense", own)
         if isinstance(linear, nn.Linear):
-            trunk.pooler = None  # pyright: ignore[reportAttributeAccessIssue]
+            trunk.register_module("pooler", None)
         else:
             linear = nn.Linear(hidden_size, hidden_size)
         self.trunk, self.pooler, self.cls_index = trunk, linear, cls_index

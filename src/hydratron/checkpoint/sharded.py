@@ -9,6 +9,8 @@ is complete. It holds `.metadata` and `__*.distcp` (tensors), `loops.pt` (plain 
 import os
 import shutil
 from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,41 @@ def _rank_and_world_size() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+@dataclass(frozen=True)
+class BackgroundSaving:
+    """Save in a thread; `process_group` is a gloo group of its own, None for a single process."""
+
+    process_group: dist.ProcessGroup | None
+
+
+@dataclass(frozen=True)
+class PendingSave:
+    """A checkpoint that a thread is writing; it gets its name from `finish`."""
+
+    temporary: Path
+    directory: Path
+    future: Future[Any]
+
+    def is_done(self) -> bool:
+        """Whether `finish` would not wait."""
+        return self.future.done()
+
+    def finish(self) -> None:
+        """Wait for the thread; on rank 0, give the checkpoint its name.
+
+        Rank 0's thread ends last: it writes the metadata when all ranks have written their parts.
+
+        Raises:
+            CheckpointError: the save failed, with the reason.
+        """
+        try:
+            self.future.result()
+        except (OSError, RuntimeError, dcp.CheckpointException) as error:
+            raise CheckpointError(f"saving {self.directory} failed: {error}") from error
+        if _rank_and_world_size()[0] == 0:
+            _publish(self.temporary, self.directory)
+
+
 def save_checkpoint(
     directory: Path,
     *,
@@ -109,8 +146,13 @@ def save_checkpoint(
     optimizers: Sequence[Optimizer],
     mesh: ParallelMesh,
     loop_state: dict[str, Any],
-) -> None:
-    """Write a complete checkpoint under `directory`, or nothing; every rank must call it."""
+    background: BackgroundSaving | None = None,
+) -> PendingSave | None:
+    """Write a complete checkpoint under `directory`, or nothing; every rank must call it.
+
+    With `background`, the tensors are copied to the CPU and written by a thread while training goes
+    on; the checkpoint gets its name when the returned save is finished.
+    """
     rank, world_size = _rank_and_world_size()
     temporary = directory.with_name(directory.name + ".tmp")
     if rank == 0:
@@ -121,20 +163,31 @@ def save_checkpoint(
     tensors: dict[str, Any] = {"model": global_parameters(network, mesh)}
     for index, optimizer in enumerate(optimizers):
         tensors[f"optimizer_{index}"] = global_optimizer_state(network, optimizer, mesh)
-    dcp.save(tensors, checkpoint_id=temporary)
     torch.save(_rng_state(network), temporary / f"rng-{rank}.pt")
     if rank == 0:
         layout = {"tensor_parallel_size": mesh.tensor_parallel_size, "world_size": world_size}
         hyperparameters = [_hyperparameters(optimizer) for optimizer in optimizers]
         state = loop_state | {"layout": layout, "hyperparameters": hyperparameters}
         torch.save(state, temporary / LOOPS)
+    if background is not None:
+        future = dcp.async_save(
+            tensors, checkpoint_id=temporary, process_group=background.process_group
+        )
+        assert isinstance(future, Future)
+        return PendingSave(temporary, directory, future)
+    dcp.save(tensors, checkpoint_id=temporary)
     if world_size > 1:
-        dist.barrier()
+        dist.barrier()  # every rank has written its random state
     if rank == 0:
-        shutil.rmtree(directory, ignore_errors=True)
-        os.replace(temporary, directory)
+        _publish(temporary, directory)
     if world_size > 1:
         dist.barrier()
+    return None
+
+
+def _publish(temporary: Path, directory: Path) -> None:
+    shutil.rmtree(directory, ignore_errors=True)
+    os.replace(temporary, directory)
 
 
 def load_checkpoint(
@@ -181,7 +234,7 @@ def load_model(directory: Path, network: nn.Module, mesh: ParallelMesh) -> None:
     """Fill the parameters of `network` in place.
 
     Raises:
-        CheckpointError: names or global shapes differ from the checkpoint's; the first one is named.
+        CheckpointError: names or global shapes differ; the first one is named.
     """
     parameters = global_parameters(network, mesh)
     stored = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata

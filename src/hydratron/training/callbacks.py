@@ -16,8 +16,14 @@ from hydratron.checkpoint.sharded import NAME_PREFIX
 from hydratron.perf.flops import train_flops
 from hydratron.training.module import TrainingModule
 from hydratron.training.pretraining import PretrainingModule
+from hydratron.training.strategy import TensorParallelStrategy
 
 NUM_KEPT = 2
+
+
+def _strategy(trainer: Trainer) -> TensorParallelStrategy:
+    assert isinstance(trainer.strategy, TensorParallelStrategy)
+    return trainer.strategy
 
 
 class StepCheckpoint(Checkpoint):
@@ -37,23 +43,38 @@ class StepCheckpoint(Checkpoint):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        self.publish(trainer, wait=False)
         if self.every and trainer.global_step % self.every == 0:
             self.save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.save(trainer)
+        self.publish(trainer, wait=True)
+        trainer.strategy.barrier()
 
     def save(self, trainer: Trainer) -> None:
         """Save the current step unless it is saved already; every rank must call it."""
         step = trainer.global_step
         if step == self.last_saved or step == 0:
             return
-        trainer.save_checkpoint(self.directory / f"{NAME_PREFIX}{step}")
+        self.publish(trainer, wait=True)  # a background save still under way
+        directory = self.directory / f"{NAME_PREFIX}{step}"
+        trainer.save_checkpoint(directory)
         self.last_saved = step
+        if not _strategy(trainer).save_in_background:
+            self._link_and_prune(trainer, directory)
+
+    def publish(self, trainer: Trainer, *, wait: bool) -> None:
+        """Let a background save that has ended (with `wait`: any) become a checkpoint."""
+        directory = _strategy(trainer).finish_saving(wait=wait)
+        if directory is not None:
+            self._link_and_prune(trainer, directory)
+
+    def _link_and_prune(self, trainer: Trainer, newest: Path) -> None:
         if trainer.is_global_zero:
             link = self.directory / "last.tmp"
             link.unlink(missing_ok=True)
-            link.symlink_to(f"{NAME_PREFIX}{step}")
+            link.symlink_to(newest.name)
             os.replace(link, self.directory / "last")
             steps = sorted(
                 (p for p in self.directory.glob(f"{NAME_PREFIX}*") if p.suffix != ".tmp"),

@@ -39,8 +39,17 @@ class TensorParallelStrategy(ParallelStrategy):
 
     strategy_name = "tensor_parallel"
 
-    def __init__(self, *, tensor_parallel_size: int = 1, data_parallel_size: int = 1) -> None:
+    def __init__(
+        self,
+        *,
+        tensor_parallel_size: int = 1,
+        data_parallel_size: int = 1,
+        save_in_background: bool = False,
+    ) -> None:
         super().__init__()
+        self.save_in_background = save_in_background
+        self._saving_group: dist.ProcessGroup | None = None
+        self._pending: sharded.PendingSave | None = None
         self.tensor_parallel_size = tensor_parallel_size
         self.data_parallel_size = data_parallel_size
         self.num_nodes = 1
@@ -96,6 +105,9 @@ class TensorParallelStrategy(ParallelStrategy):
                 timeout=COLLECTIVE_TIMEOUT,
                 device_id=self.root_device if is_cuda else None,
             )
+            if self.save_in_background:
+                # a thread must not share a group with the collectives of training
+                self._saving_group = dist.new_group(backend="gloo")
         self.mesh = build_mesh(
             self.root_device.type,
             tensor_parallel_size=self.tensor_parallel_size,
@@ -204,14 +216,31 @@ class TensorParallelStrategy(ParallelStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None
     ) -> None:
-        """Write a sharded checkpoint directory; every rank must call it."""
-        sharded.save_checkpoint(
+        """Write a sharded checkpoint directory; every rank must call it.
+
+        With `save_in_background` it has its name only after `finish_saving`.
+        """
+        self.finish_saving()
+        background = sharded.BackgroundSaving(self._saving_group)
+        self._pending = sharded.save_checkpoint(
             Path(self.broadcast(str(filepath))),
             network=self.network,
             optimizers=self.optimizers,
             mesh=self.mesh,
             loop_state=checkpoint,
+            background=background if self.save_in_background else None,
         )
+
+    def finish_saving(self, *, wait: bool = True) -> Path | None:
+        """Complete the background save, if there is one and (unless `wait`) it has ended.
+
+        Returns the finished checkpoint's directory. A save that failed raises here.
+        """
+        if self._pending is None or not (wait or self._pending.is_done()):
+            return None
+        pending, self._pending = self._pending, None
+        pending.finish()
+        return pending.directory
 
     def load_checkpoint(
         self, checkpoint_path: Any, weights_only: bool | None = None

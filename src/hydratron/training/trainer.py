@@ -39,8 +39,10 @@ class ParallelConfig:
 class TrainerConfig:
     """How long, on what and how often. `devices` is per node; None: what the layout needs.
 
-    `val_every` and `checkpoint_every` count optimizer steps, 0 is only at the end. A run in which
-    more than `max_skipped_steps` steps had a non-finite loss or gradient stops.
+    `val_every` and `checkpoint_every` count optimizer steps, 0 is only at the end.
+    `log_layer_norms` adds each layer's gradient norm to the logged rows. `async_checkpoints` saves
+    in a thread while training goes on. A run in which more than `max_skipped_steps` steps had a
+    non-finite loss or gradient stops.
 
     Raises:
         ValueError: a value that cannot be, by name and rule.
@@ -52,10 +54,12 @@ class TrainerConfig:
     num_nodes: int = 1
     precision: str = "32-true"
     log_every: int = 10
+    log_layer_norms: bool = False
     val_every: int = 0
     checkpoint_every: int = 0
     compile: bool = False
     max_skipped_steps: int = 10
+    async_checkpoints: bool = False
 
     def __post_init__(self) -> None:
         if self.accelerator not in ("cpu", "gpu"):
@@ -104,6 +108,7 @@ def build_trainer(
         strategy=TensorParallelStrategy(
             tensor_parallel_size=parallel.tensor_parallel_size,
             data_parallel_size=parallel.data_parallel_size,
+            save_in_background=config.async_checkpoints,
         ),
         precision=config.precision,  # pyright: ignore[reportArgumentType]
         plugins=[environment],

@@ -1,0 +1,66 @@
+"""SIGKILL at random moments, saves included, and the run still ends as if never killed."""
+
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from hydratron.checkpoint.sharded import newest_checkpoint
+from tests.end_to_end.conftest import TINY, metrics, result
+from tests.end_to_end.test_pretrain import start, wait_until_gone
+
+# a checkpoint at every step: about half of the time is spent in saving
+SETTINGS = [
+    "trainer.checkpoint_every=1",
+    "model.hidden_dropout=0.1",
+    "model.attention_dropout=0.1",
+    "optimizer.schedule=constant",
+    "optimizer.warmup_steps=2",
+]
+
+
+def kill_at_random(run: Path, process: subprocess.Popen[bytes], generator: random.Random) -> None:
+    """Wait until the run got somewhere new, then a random moment more, and kill it."""
+    before = newest_checkpoint(run / "checkpoints")
+    deadline = time.monotonic() + 120
+    while newest_checkpoint(run / "checkpoints") == before and time.monotonic() < deadline:
+        assert process.poll() is None, (run.parent / "output.txt").read_text()
+        time.sleep(0.01)
+    time.sleep(generator.uniform(0, 0.3))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert wait_until_gone(run) == []
+
+
+@pytest.mark.parametrize(
+    ("grid", "num_kills"),
+    [
+        ("single", 2),
+        pytest.param("single", 20, marks=pytest.mark.slow),
+        pytest.param("tp2", 5, marks=pytest.mark.slow),
+    ],
+)
+def test_a_killed_run_ends_bitwise_equal_to_one_never_killed(
+    hydratron, tmp_path: Path, grid: str, num_kills: int
+) -> None:
+    generator, run = random.Random(num_kills), tmp_path / "run"
+    settings = [*SETTINGS, f"parallel={grid}"]
+    for kill in range(num_kills):
+        extra = ["resume=run"] if kill else []
+        kill_at_random(run, start(tmp_path, *settings, *extra), generator)
+        for path in (run / "checkpoints").glob("step-*"):
+            assert path.suffix == ".tmp" or (path / ".metadata").is_file()
+    reached = newest_checkpoint(run / "checkpoints")
+    assert reached is not None
+    length = f"trainer.max_steps={int(reached.name.removeprefix('step-')) + 3}"
+    done = hydratron("pretrain", "resume=run", length)
+    assert done.returncode == 0, done.stderr
+    assert result(run)["status"] == "ok"
+    done = hydratron("pretrain", *TINY, *settings, length, "hydra.run.dir=whole")
+    assert done.returncode == 0, done.stderr
+    keys = ["step", "train/loss", "train/sentence_order_loss", "train/grad_norm"]
+    assert metrics(run)[keys].equals(metrics(tmp_path / "whole")[keys])
