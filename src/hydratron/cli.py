@@ -11,6 +11,14 @@ from hydratron import launch
 
 HYDRA_COMMANDS = {
     "pretrain": "pretrain BERT (masked LM + sentence order) or GPT-2",
+    "finetune": "a task (MNLI, QQP, SQuAD, RACE, ...) on a pretrained encoder",
+    "prepare": "raw text to a cleaned, deduplicated, tokenised corpus",
+    "evaluate": "a finetuned run, an ensemble of runs, or a GPT-2 zero-shot",
+    "convert": "between our checkpoints, Hugging Face folders and Megatron-LM checkpoints",
+}
+PLAIN_COMMANDS = {  # take their own arguments
+    "protocol": "finetune over a grid, then five seeds at its best: median and ensemble",
+    "report": "tables and figures from runs and sweeps",
 }
 USAGE = """hydratron: what does a change to a Transformer do as the model grows?
 
@@ -22,7 +30,7 @@ usage: hydratron COMMAND [KEY=VALUE ...]      one run
 
 def usage() -> str:
     """Return the commands with a line each."""
-    commands = HYDRA_COMMANDS | {"report": "tables and figures from runs and sweeps"}
+    commands = HYDRA_COMMANDS | PLAIN_COMMANDS
     lines = "".join(f"  {name:<10} {text}\n" for name, text in commands.items())
     return f"{USAGE}\ncommands:\n{lines}"
 
@@ -38,9 +46,8 @@ def main() -> None:
         return
     command = arguments[0]
     try:
-        if command == "report":
-            report = importlib.import_module("hydratron.commands.report")
-            report.main(arguments[1:])
+        if command in PLAIN_COMMANDS:
+            importlib.import_module(f"hydratron.commands.{command}").main(arguments[1:])
         elif command in HYDRA_COMMANDS:
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing
             rest = arguments[1:]
@@ -55,7 +62,7 @@ def main() -> None:
     except (launch.InputError, HydraException, OmegaConfBaseException) as error:
         stop(command, error, status=2)
     except ValueError as error:
-        if command != "report":
+        if command not in PLAIN_COMMANDS:
             raise
         stop(command, error, status=2)
     except launch.JobFailed as error:
@@ -66,7 +73,7 @@ def main() -> None:
 
 def known() -> str:
     """Return the names of all commands."""
-    return ", ".join([*HYDRA_COMMANDS, "report"])
+    return ", ".join([*HYDRA_COMMANDS, *PLAIN_COMMANDS])
 
 
 def stop(command: str, error: object, *, status: int) -> None:
@@ -76,3 +83,7 @@ def stop(command: str, error: object, *, status: int) -> None:
     text = " ".join(str(error).split())
     print(f"hydratron {command}: {text}", file=sys.stderr)
     raise SystemExit(status)
+
+
+if __name__ == "__main__":
+    main()

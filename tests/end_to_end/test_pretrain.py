@@ -126,13 +126,15 @@ def wait_for_step(run: Path, step: int) -> None:
 
 
 def processes_of(run_dir: Path) -> list[str]:
+    """Return the command lines of what still runs for a run, by its directory or its own."""
     found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+    for path in Path("/proc").glob("[0-9]*"):
         try:
-            words = path.read_bytes().decode().split("\0")
+            words = (path / "cmdline").read_bytes().decode().split("\0")
+            directory = (path / "cwd").resolve()
         except OSError:
             continue
-        if any(str(run_dir) in word for word in words) or any("run.dir=run" in w for w in words):
+        if str(run_dir) in words or (directory == run_dir.parent and "pretrain" in words):
             found.append(" ".join(words))
     return found
 

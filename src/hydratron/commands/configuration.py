@@ -34,6 +34,9 @@ def build(cls: type[ConfigT], node: Mapping[str, Any], *, name: str) -> ConfigT:
             raise ValueError(f"unknown key {name}.{key}; known: {', '.join(known)}")
     schema = OmegaConf.structured(cls)
     OmegaConf.set_readonly(schema, False)
+    for field in fields(cls):
+        if is_dataclass(field.type):
+            schema[field.name] = OmegaConf.structured(field.type, flags={"readonly": False})
     try:
         values: Any = OmegaConf.to_object(OmegaConf.merge(schema, dict(node)))
     except OmegaConfBaseException as error:

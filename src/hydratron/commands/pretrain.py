@@ -52,6 +52,7 @@ def prepare(config: Mapping[str, Any]) -> PretrainJob:
             seed=config["seed"],
             micro_batch_size=data.micro_batch(parallel.data_parallel_size),
             log_every=trainer.log_every,
+            log_layer_norms=trainer.log_layer_norms,
             max_skipped_steps=trainer.max_skipped_steps,
             compile=trainer.compile,
         ),

@@ -1,5 +1,7 @@
 """The norm of a gradient whose parameters are partly split over a tensor-parallel group."""
 
+import re
+
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -26,6 +28,18 @@ def squared_gradient_norms(model: nn.Module, tp_group: ProcessGroup | None) -> d
         split = torch.tensor(is_split, device=squares.device)
         squares = torch.where(split, all_reduce(squares, "sum", tp_group), squares)
     return {name: square for (name, _), square in zip(named, squares.unbind(), strict=True)}
+
+
+def layer_gradient_norms(squares: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the gradient norm of each Transformer layer, `layer_00` next to the embeddings.
+
+    `squares` comes from `squared_gradient_norms`; what belongs to no layer is left out.
+    """
+    layers: dict[str, list[Tensor]] = {}
+    for name, square in squares.items():
+        if found := re.search(r"\blayers\.(\d+)\.", name):
+            layers.setdefault(f"layer_{int(found[1]):02}", []).append(square)
+    return {name: torch.stack(parts).sum().sqrt() for name, parts in layers.items()}
 
 
 def clip_grad_norm(

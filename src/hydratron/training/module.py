@@ -11,7 +11,11 @@ import torch
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
-from hydratron.parallel.grad_norm import clip_grad_norm, squared_gradient_norms
+from hydratron.parallel.grad_norm import (
+    clip_grad_norm,
+    layer_gradient_norms,
+    squared_gradient_norms,
+)
 from hydratron.parallel.mappings import all_reduce
 from hydratron.parallel.mesh import ParallelMesh
 from hydratron.parallel.placement import reduce_partial_gradients
@@ -64,6 +68,7 @@ class TrainingModule(LightningModule):
         seed: of parameters and dropout.
         micro_batch_size: examples a forward pass takes.
         log_every: steps between logged rows; only there does the host wait for the device.
+        log_layer_norms: log the gradient norm of each Transformer layer too, before clipping.
         max_skipped_steps: skipped non-finite steps after which the run stops.
         dtype: of the parameters.
         compile: compile the network's forward pass.
@@ -78,6 +83,7 @@ class TrainingModule(LightningModule):
         seed: int,
         micro_batch_size: int,
         log_every: int,
+        log_layer_norms: bool = False,
         max_skipped_steps: int = 10,
         dtype: torch.dtype = torch.float32,
         compile: bool = False,
@@ -87,6 +93,7 @@ class TrainingModule(LightningModule):
         self.objective, self.optimizer_config = objective, optimizer
         self.max_steps, self.seed = max_steps, seed
         self.micro_batch_size, self.log_every = micro_batch_size, log_every
+        self.log_layer_norms = log_layer_norms
         self.max_skipped_steps = max_skipped_steps
         self.parameter_dtype, self.compile_network = dtype, compile
         self.last_metrics: dict[str, float] = {}
@@ -180,7 +187,10 @@ class TrainingModule(LightningModule):
         optimizer.zero_grad()  # pyright: ignore
         schedule.step()  # pyright: ignore
         if self.trainer.global_step % self.log_every == 0:
-            self._log_step(totals, {"train/grad_norm": norm, "train/learning_rate": learning_rate})
+            layers = layer_gradient_norms(squares) if self.log_layer_norms else {}
+            metrics = {f"train/grad_norm/{name}": layer for name, layer in layers.items()}
+            metrics |= {"train/grad_norm": norm, "train/learning_rate": learning_rate}
+            self._log_step(totals, metrics)
 
     def _log_step(self, totals: dict[str, Tensor], metrics: dict[str, Any]) -> None:
         if self.mesh.dp_group is not None:
