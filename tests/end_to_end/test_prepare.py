@@ -95,6 +95,7 @@ def test_pretraining_names_what_is_not_prepared(hydratron: Callable) -> None:
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_number_of_workers_does_not_change_a_byte(
     hydratron: Callable, tmp_path: Path, texts: Path
 ) -> None:
@@ -139,7 +140,6 @@ def test_three_kills_at_random_moments(hydratron: Callable, tmp_path: Path, text
     kill_and_rerun(hydratron, tmp_path, texts, sorted(rng.uniform(0.3, 1.0) for _ in range(3)))
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
 @pytest.mark.parametrize(
     ("name", "content", "line"),
     [
@@ -148,21 +148,30 @@ def test_three_kills_at_random_moments(hydratron: Callable, tmp_path: Path, text
             b'{"article": "a"}\n{"article": \n',
             "train.x.jsonl: line 2, column",
         ),
-        ("novels/x.txt", b"text\xff", "x.txt: not UTF-8 at byte 4 (line 1)"),
-        ("novels/x.txt.gz", gzip.compress(b"words " * 99)[:-9], "x.txt.gz: broken after byte"),
+        pytest.param(
+            "novels/x.txt",
+            b"text\xff",
+            "x.txt: not UTF-8 at byte 4 (line 1)",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "novels/x.txt.gz",
+            gzip.compress(b"words " * 99)[:-9],
+            "x.txt.gz: broken after byte",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_broken_input_is_one_line_and_leaves_nothing_under_the_final_name(
-    hydratron: Callable, tmp_path: Path, texts: Path, name: str, content: bytes, line: str,
-    workers: str,
+    hydratron: Callable, tmp_path: Path, texts: Path, name: str, content: bytes, line: str
 ) -> None:  # fmt: skip
     (texts / name).write_bytes(content)
     vocabulary = tmp_path / "vocabulary"
     vocabulary.mkdir()
     (vocabulary / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\n##b")
     # a given tokenizer, so that the workers meet the file and not the training of one
-    given = [f"data.tokenizer={vocabulary}", f"executor.workers={workers}"]
-    done = hydratron(*arguments(texts, "corpus", "+" + given[0], given[1]))
+    given = [f"data.tokenizer={vocabulary}", "executor.workers=2"]
+    done = hydratron(*arguments(texts, "corpus", *given))
     assert done.returncode == 2, done.stderr
     assert line in done.stderr
     assert done.stderr.count("\n") == 1, done.stderr

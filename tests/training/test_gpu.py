@@ -76,7 +76,8 @@ def test_recomputation_changes_memory_and_nothing_else(tmp_path: Path) -> None:
 def test_two_gpus_give_the_losses_of_one(tmp_path: Path, grid: str) -> None:
     for parallel in ("single", grid):
         command = [
-            sys.executable, "-m", "hydratron.cli", "pretrain", "experiment=quickstart", "trainer=gpu", "trainer.max_steps=20",
+            sys.executable, "-m", "hydratron.cli", "pretrain",
+            "experiment=quickstart", "trainer=gpu", "trainer.max_steps=20",
             "trainer.precision=32-true", "trainer.log_every=1", "trainer.compile=false",
             f"parallel={parallel}", f"hydra.run.dir={tmp_path / parallel}",
         ]  # fmt: skip

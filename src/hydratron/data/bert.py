@@ -15,6 +15,7 @@ from hydratron.data.indexed import IndexedCorpus
 from hydratron.data.tokenizer import SpecialTokens
 
 _INDEX, _ORDER, _SAMPLE = 0, 1, 2  # random streams
+_DOCUMENTS_AT_ONCE = 1 << 16  # while cutting, which takes ten times what it leaves
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,8 +209,12 @@ def build_sample_index(
     From its first piece on, a sample takes pieces until it has its target length and at least two;
     a document's last piece never stays alone.
     """
-    lengths, document_pieces = _cut_into_pieces(corpus, documents, settings.room)
-    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    chunks = np.split(documents, range(_DOCUMENTS_AT_ONCE, len(documents), _DOCUMENTS_AT_ONCE))
+    cut = [_cut_into_pieces(corpus, chunk, settings.room) for chunk in chunks]
+    document_pieces = np.concatenate([per_document for _, per_document in cut])
+    offsets = np.zeros(int(document_pieces.sum()) + 1, np.int64)
+    np.cumsum(np.concatenate([lengths for lengths, _ in cut]), out=offsets[1:])
+    del cut
     ends = np.cumsum(document_pieces)
     first = ends - document_pieces
     shift = corpus.document_offsets()[documents] - offsets[first]
@@ -249,7 +254,7 @@ def _cut_into_pieces(
     last = np.cumsum(num_pieces)[nonempty] - 1
     lengths[last] = (sizes - (num_pieces - 1) * piece)[nonempty]
     per_document = np.bincount(document, num_pieces, minlength=len(documents)).astype(np.int64)
-    return lengths, per_document
+    return lengths.astype(np.int32), per_document
 
 
 def truncate_segments(

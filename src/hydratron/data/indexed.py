@@ -5,6 +5,7 @@ index, little-endian: magic (9 bytes), version u64, dtype code u8, number of seq
 of the document index d u64, then sizes i32[n], pointers in bytes i64[n], document index i64[d].
 """
 
+import shutil
 import struct
 from array import array
 from collections.abc import Sequence
@@ -88,6 +89,15 @@ class IndexedWriter:
         self._stream.write(tokens.astype(self.dtype).tobytes())
         self._sizes.extend(map(len, arrays))
         self._documents.append(len(self._sizes))
+
+    def add_corpus(self, corpus: "IndexedCorpus") -> None:
+        """Append all documents of a corpus whose tokens have the same type."""
+        assert corpus.dtype == self.dtype
+        begun = len(self._sizes)
+        with _beside(corpus.prefix, ".bin").open("rb") as stream:
+            shutil.copyfileobj(stream, self._stream, 1 << 22)
+        self._sizes.frombytes(corpus.sizes.astype(np.int32).tobytes())
+        self._documents.frombytes((corpus.documents[1:] + begun).astype(np.int64).tobytes())
 
     def finalize(self) -> None:
         """Write the index and give both files their names.
@@ -272,3 +282,17 @@ def _splitmix64(values: np.ndarray, seed: int) -> np.ndarray:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
+
+
+def concatenate_corpora(prefix: str | Path, parts: Sequence[str | Path]) -> None:
+    """Write the documents of `parts`, one corpus after the other, as one corpus.
+
+    ValueError where they have different types of token, or there are none.
+    """
+    corpora = [IndexedCorpus(part) for part in parts]
+    dtypes = {corpus.dtype for corpus in corpora}
+    if len(dtypes) != 1:
+        raise ValueError(f"{prefix}: parts with {len(dtypes)} types of token cannot be joined")
+    with IndexedWriter(prefix, dtypes.pop()) as writer:
+        for corpus in corpora:
+            writer.add_corpus(corpus)

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import uuid
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +26,7 @@ from hydratron.data.tokenizer import (
 
 _SHIPPED = Path(__file__).parent / "shipped"
 _CACHE_FORMAT = 1  # raise it when the same text and settings come to give another corpus
-_TRAINING_CHARACTERS = 100_000_000  # enough for any vocabulary; the trainers hold them in memory
+TRAINING_CHARACTERS = 100_000_000  # enough for any vocabulary; the trainers hold them in memory
 _DOCUMENTS_AT_ONCE = 64  # a chunk of encode_batch: enough to fill the cores
 
 _RUN_WORDS = 2000  # length of a document in a text without chapters (design section 5)
@@ -137,7 +138,7 @@ def _read_text(file: Path) -> str:
     if file.suffix == ".gz":
         try:
             raw = gzip.decompress(raw)
-        except (gzip.BadGzipFile, EOFError) as error:
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise ValueError(f"{file}: not a complete gzip file: {error}") from error
     try:
         text = raw.decode("utf-8")
@@ -181,7 +182,7 @@ def prepare_text_corpus(
     settings = {"format": _CACHE_FORMAT, "split_into_sentences": split_into_sentences}
     if tokenizer in TOKENIZER_KINDS:
         settings |= {"tokenizer": tokenizer, "vocab_size": vocab_size, "lowercase": lowercase}
-        texts = _first_characters(text for _, text in read_text_folder(path))
+        texts = first_characters(text for _, text in read_text_folder(path))
         make = partial(
             train_tokenizer, tokenizer, texts, vocab_size=vocab_size, lowercase=lowercase
         )
@@ -233,13 +234,13 @@ def _build(
     with IndexedWriter(
         folder / "corpus", np.uint16 if len(tokenizer) < 65_500 else np.int32
     ) as writer:
-        for sentences in _encode(tokenizer, documents):
+        for sentences in encode_documents(tokenizer, documents):
             if any(map(len, sentences)):
                 writer.add_document(sentences)
 
 
-def _first_characters(texts: Iterable[str]) -> Iterator[str]:
-    left = _TRAINING_CHARACTERS
+def first_characters(texts: Iterable[str], left: int = TRAINING_CHARACTERS) -> Iterator[str]:
+    """The texts, cut off after `left` characters together."""
     for text in texts:
         yield text[:left]
         left -= len(text)
@@ -247,10 +248,10 @@ def _first_characters(texts: Iterable[str]) -> Iterator[str]:
             return
 
 
-def _encode(
+def encode_documents(
     tokenizer: PreTrainedTokenizerFast, documents: Iterator[list[str]]
 ) -> Iterator[list[np.ndarray]]:
-    """Token ids of each sentence of each document.
+    """Token ids of each sentence of each document, 64 documents at a time.
 
     The space between two sentences belongs to the second.
     """

@@ -1,4 +1,4 @@
-"""AdamW whose state is split over the data-parallel group (ZeRO stage 1, Rajbhandari et al. 2020)."""
+"""AdamW with its state split over the data-parallel group (ZeRO 1, Rajbhandari et al. 2020)."""
 
 from dataclasses import dataclass
 from typing import Any

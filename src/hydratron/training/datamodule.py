@@ -1,6 +1,7 @@
 """The data module of pretraining: a prepared corpus becomes batches of one optimizer step each."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,17 @@ from pytorch_lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 from hydratron.data.bert import BertSamples, BertSampleSettings, max_predictions
+from hydratron.data.blend import BlendedSamples, BlendIndex
 from hydratron.data.gpt2 import Gpt2Samples
 from hydratron.data.indexed import IndexedCorpus, split_by_document
+from hydratron.data.manifest import MANIFEST, TOKENIZER, Manifest
 from hydratron.data.sampler import ConsumedSamplesSampler, ShardedValidationSampler, collate
 from hydratron.data.text import prepare_text_corpus
 from hydratron.data.tokenizer import (
     PreTrainedTokenizerFast,
     load_tokenizer,
     special_tokens,
+    tokenizer_hash,
     word_start_table,
 )
 from hydratron.models.config import ModelConfig
@@ -30,9 +34,11 @@ HELD_OUT_SEED = 0  # the held-out documents and samples are the same in every ru
 class DataConfig:
     """Where the text is and how it becomes batches.
 
-    `source`: "text" (a folder of text files, None for the novels the project ships) or "indexed" (a
-    `.bin/.idx` prefix). `tokenizer`: what to train on the text (wordpiece, bpe, character), or a
-    tokenizer's folder, file or Hub name. `micro_batch_size` None: as many as a rank has.
+    `source`: "text" (a folder of text files, None for the novels the project ships), "indexed" (a
+    `.bin/.idx` prefix) or "blend" (a folder of `hydratron prepare`). `tokenizer`: what to train on
+    the text (wordpiece, bpe, character), or a tokenizer's folder, file or Hub name; a blend has its
+    own. `micro_batch_size` None: as many as a rank has. `sources`: a blend's, by name, as `Source`
+    has them; their weights, where given, go before the folder's. `root`: where their paths begin.
 
     Raises:
         ValueError: a value that cannot be, by name and rule.
@@ -52,12 +58,16 @@ class DataConfig:
     max_ngram: int = 3
     short_sample_fraction: float = 0.1
     num_workers: int = 0
+    root: str | None = None
+    sources: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.source not in ("text", "indexed"):
-            raise ValueError(f"data.source {self.source!r} is not one of text, indexed")
+        if self.source not in ("text", "indexed", "blend"):
+            raise ValueError(f"data.source {self.source!r} is not one of text, indexed, blend")
         if self.source == "indexed" and self.path is None:
             raise ValueError("data=indexed needs data.path, the prefix of a .bin/.idx corpus")
+        if self.source == "blend" and self.path is None:
+            raise ValueError("a blend needs data.path, a folder of `hydratron prepare`")
         for key in ("seq_len", "global_batch_size", "validation_samples"):
             if getattr(self, key) < 1:
                 raise ValueError(f"data.{key} {getattr(self, key)} is not positive")
@@ -92,15 +102,29 @@ class PretrainingData(LightningDataModule):
             raise ValueError(
                 f"data.seq_len {config.seq_len} exceeds the model's max_seq_len {model.max_seq_len}"
             )
-        prefix, self.tokenizer = self._open_corpus()
-        self.corpus = IndexedCorpus(prefix)
-        self.train_documents, self.held_out_documents = split_by_document(
-            self.corpus.num_documents, holdout=config.holdout, seed=HELD_OUT_SEED
+        weights, self.tokenizer = self._open_corpus()
+        self.corpora = [IndexedCorpus(prefix) for prefix in weights]
+        for corpus in self.corpora:
+            self._check_tokens(corpus)
+        # by each corpus's own documents, so the same ones whatever the weights
+        self.splits = [
+            split_by_document(corpus.num_documents, holdout=config.holdout, seed=HELD_OUT_SEED)
+            for corpus in self.corpora
+        ]
+        cache_dir = Path(config.cache_dir).expanduser()
+        index = BlendIndex(list(weights.values()), cache_dir)
+        self.train_samples = BlendedSamples(
+            [self._samples(c, train, seed) for c, (train, _) in self._parts()], index
         )
-        self.train_samples = self._samples(self.train_documents, seed)
-        self.held_out_samples = self._samples(self.held_out_documents, HELD_OUT_SEED)
+        self.held_out_samples = BlendedSamples(
+            [self._samples(c, held_out, HELD_OUT_SEED) for c, (_, held_out) in self._parts()], index
+        )
 
-    def _open_corpus(self) -> tuple[Path, PreTrainedTokenizerFast]:
+    def _parts(self) -> Iterator[tuple[IndexedCorpus, tuple[np.ndarray, np.ndarray]]]:
+        return zip(self.corpora, self.splits, strict=True)
+
+    def _open_corpus(self) -> tuple[dict[Path, float], PreTrainedTokenizerFast]:
+        """The prefixes of the corpora with their weights, and the tokenizer they share."""
         config = self.config
         if config.source == "text":
             prepared = prepare_text_corpus(
@@ -111,23 +135,51 @@ class PretrainingData(LightningDataModule):
                 lowercase=config.lowercase,
                 split_into_sentences=self.model.family == "bert",
             )
-            return prepared.prefix, load_tokenizer(str(prepared.tokenizer_path))
+            return {prepared.prefix: 1.0}, load_tokenizer(str(prepared.tokenizer_path))
         assert config.path is not None
-        tokenizer = load_tokenizer(config.tokenizer)
+        if config.source == "blend":
+            return self._open_blend(Path(config.path).expanduser())
+        return {Path(config.path): 1.0}, self._load_tokenizer(config.tokenizer)
+
+    def _open_blend(self, folder: Path) -> tuple[dict[Path, float], PreTrainedTokenizerFast]:
+        manifest = Manifest.read(folder)
+        if self.model.family == "bert" and not manifest.settings["split_into_sentences"]:
+            raise ValueError(f"{folder} was prepared without sentences, which model=bert needs")
+        tokenizer = self._load_tokenizer(str(folder / TOKENIZER))
+        if tokenizer_hash(tokenizer) != manifest.tokenizer_sha256:
+            raise ValueError(f"{folder / TOKENIZER} is not the tokenizer of its {MANIFEST}")
+        wanted = {name: s.get("weight") for name, s in self.config.sources.items()}
+        weights = manifest.weights(wanted, folder)
+        return {folder / name: weight for name, weight in weights.items()}, tokenizer
+
+    def _load_tokenizer(self, spec: str) -> PreTrainedTokenizerFast:
+        tokenizer = load_tokenizer(spec)
         if len(tokenizer) > self.model.vocab_size:
             raise ValueError(
                 f"vocabulary of {self.model.vocab_size} is smaller than the tokenizer's"
-                f" {len(tokenizer)} entries ({config.tokenizer})"
+                f" {len(tokenizer)} entries ({spec})"
             )
-        return Path(config.path), tokenizer
+        return tokenizer
 
-    def _samples(self, documents: np.ndarray, seed: int) -> Dataset[dict[str, np.ndarray]]:
+    def _check_tokens(self, corpus: IndexedCorpus) -> None:
+        """A token beyond the vocabulary would train silently on what a split embedding returns."""
+        num_checked = min(corpus.num_tokens, 2_000_000)
+        largest = int(corpus.tokens(0, num_checked).max(initial=0))
+        if largest >= self.model.vocab_size:
+            raise ValueError(
+                f"{corpus.prefix}.bin holds token {largest}, beyond the vocabulary of"
+                f" {self.model.vocab_size}"
+            )
+
+    def _samples(
+        self, corpus: IndexedCorpus, documents: np.ndarray, seed: int
+    ) -> Dataset[dict[str, np.ndarray]]:
         if self.model.family == "gpt2":
             special = special_tokens(self.tokenizer, objective="clm")
             return Gpt2Samples(
-                self.corpus, documents, seq_len=self.config.seq_len, seed=seed, eod=special.eod
+                corpus, documents, seq_len=self.config.seq_len, seed=seed, eod=special.eod
             )
-        return BertSamples(self.corpus, documents, settings=self._bert_settings(seed))
+        return BertSamples(corpus, documents, settings=self._bert_settings(seed))
 
     def _bert_settings(self, seed: int) -> BertSampleSettings:
         return BertSampleSettings(
@@ -154,17 +206,19 @@ class PretrainingData(LightningDataModule):
         Every kind of token counts once more than seen, so that an unseen one costs a finite amount.
         """
         size = len(self.tokenizer)
-        train = self._token_counts(self.train_documents, size) + 1
-        held_out = self._token_counts(self.held_out_documents, size)
+        train, held_out = np.ones(size, np.int64), np.zeros(size, np.int64)
+        for corpus, (train_documents, held_out_documents) in self._parts():
+            train += self._token_counts(corpus, train_documents, size)
+            held_out += self._token_counts(corpus, held_out_documents, size)
         log_probabilities = np.log(train / train.sum())
         return float(-(held_out * log_probabilities).sum() / held_out.sum())
 
-    def _token_counts(self, documents: np.ndarray, size: int) -> np.ndarray:
+    def _token_counts(self, corpus: IndexedCorpus, documents: np.ndarray, size: int) -> np.ndarray:
         counts = np.zeros(size, dtype=np.int64)
-        offsets = self.corpus.document_offsets()
+        offsets = corpus.document_offsets()
         for document in documents[:20_000]:
             start, end = int(offsets[document]), int(offsets[document + 1])
-            counts += np.bincount(self.corpus.tokens(start, end - start), minlength=size)
+            counts += np.bincount(corpus.tokens(start, end - start), minlength=size)
         return counts
 
     def _loader(self, samples: Any, batch_sampler: Any) -> DataLoader[Any]:

@@ -94,7 +94,11 @@ def is_decayed(name: str) -> bool:
 
 
 def build_optimizer(
-    network: nn.Module, config: OptimizerConfig, *, max_steps: int, dp_group: ProcessGroup | None = None
+    network: nn.Module,
+    config: OptimizerConfig,
+    *,
+    max_steps: int,
+    dp_group: ProcessGroup | None = None,
 ) -> tuple[AdamW, LambdaLR]:
     """Return fused AdamW over two parameter groups and its schedule.
 

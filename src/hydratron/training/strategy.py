@@ -107,7 +107,9 @@ class TensorParallelStrategy(ParallelStrategy):
             )
             if self.save_in_background:
                 # a thread must not share a group with the collectives of training
-                self._saving_group = dist.new_group(backend="gloo")
+                group = dist.new_group(backend="gloo")
+                assert isinstance(group, dist.ProcessGroup)
+                self._saving_group = group
         self.mesh = build_mesh(
             self.root_device.type,
             tensor_parallel_size=self.tensor_parallel_size,

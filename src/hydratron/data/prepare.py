@@ -1,0 +1,365 @@
+"""Corpus preparation: raw text of several sources to a folder of indexed corpora and a manifest.
+
+The stages run as datatrove pipelines, on this machine or on a SLURM cluster. Each shard of a stage
+is done once: a preparation that was killed goes on where it stood, to the same bytes.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+import numpy as np
+from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
+from datatrove.pipeline.base import PipelineStep
+
+from hydratron.data.indexed import IndexedCorpus, concatenate_corpora
+from hydratron.data.manifest import MANIFEST, TOKENIZER, Manifest, differing_keys
+from hydratron.data.readers import Shard, plan_shards
+from hydratron.data.sources import CorpusConfig
+from hydratron.data.stages import (
+    DUPLICATES,
+    Deduplicate,
+    MakeTokenizer,
+    ReadShard,
+    StoreDocuments,
+    TextStep,
+    Tokenize,
+    Workspace,
+    atomic_file,
+    text_step_names,
+)
+from hydratron.data.tokenizer import load_tokenizer, tokenizer_hash
+
+WORK = ".work"
+_PLAN = "plan.json"
+_SHARD_ROWS = 50_000
+_NOT_CONTENT = ("weight", "home", "licence")  # of a source: what does not change its tokens
+_POLL_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class ExecutorConfig:
+    """Where the stages run.
+
+    `kind`: local or slurm. `workers`: tasks at a time, None for a task a core. The rest is for
+    SLURM's sbatch. ValueError for values that cannot be.
+    """
+
+    kind: str = "local"
+    workers: int | None = None
+    partition: str | None = None
+    time: str = "24:00:00"
+    memory_gb: int = 4
+    qos: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("local", "slurm"):
+            raise ValueError(f"executor.kind {self.kind!r} is not one of local, slurm")
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"executor.workers {self.workers} is not positive")
+        if self.kind == "slurm" and self.partition is None:
+            raise ValueError("executor.kind slurm needs executor.partition")
+
+    @property
+    def num_workers(self) -> int:
+        """Tasks at a time on this machine."""
+        return self.workers or len(os.sched_getaffinity(0))
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """A checked preparation; `is_done` where the folder holds this corpus already."""
+
+    corpus: CorpusConfig
+    output: Path
+    executor: ExecutorConfig
+    is_done: bool
+
+
+def check_preparation(corpus: CorpusConfig, output: Path, executor: ExecutorConfig) -> Preparation:
+    """ValueError for sources that are not there and a target that is taken or not writable."""
+    if not corpus.sources:
+        raise ValueError("data.sources names no source of text; data=novels has two")
+    for name in corpus.sources:
+        if not name.replace("_", "").replace("-", "").isalnum():
+            raise ValueError(f"the name of source {name!r} is not made of letters, digits, _ and -")
+    if (output / MANIFEST).is_file():
+        differing = differing_keys(Manifest.read(output).settings, settings_of(corpus))
+        if differing:
+            raise ValueError(
+                f"{output} holds a corpus of other settings ({', '.join(differing)}); it is never"
+                " rewritten: name another output"
+            )
+        return Preparation(corpus, output, executor, is_done=True)
+    if not (output / WORK).is_dir() and output.is_dir() and any(output.iterdir()):
+        raise ValueError(f"{output} holds other files; name an empty or new folder as output")
+    try:
+        (output / WORK).mkdir(parents=True, exist_ok=True)
+        (output / WORK / "writable").touch()
+    except OSError as error:
+        raise ValueError(f"{output}: cannot be written to: {error.strerror}") from error
+    return Preparation(corpus, output, executor, is_done=False)
+
+
+def settings_of(corpus: CorpusConfig) -> dict[str, Any]:
+    """What decides the tokens, as the manifest has it."""
+    settings = json.loads(json.dumps(asdict(corpus)))
+    for source in settings["sources"].values():
+        for key in _NOT_CONTENT:
+            del source[key]
+    return settings
+
+
+def prepare_corpus(preparation: Preparation, say: Callable[[str], None]) -> Manifest:
+    """Run what is left of a preparation and return its manifest; `say` gets a line a stage.
+
+    ValueError and OSError name the file and the position of what went wrong.
+    """
+    output = preparation.output
+    if preparation.is_done:
+        say(f"{output} holds this corpus already")
+        return Manifest.read(output)
+    with _locked(output / WORK / "lock"):
+        workspace = _plan(preparation, say)
+        if preparation.executor.kind == "slurm":
+            _run_on_slurm(workspace, preparation.executor, say)
+        else:
+            for stage, (steps, tasks) in _stages(workspace).items():
+                _run_here(workspace, stage, steps, tasks, preparation.executor.num_workers, say)
+        manifest = _finish(workspace, output)
+        say_steps(workspace, say)
+        shutil.rmtree(output / WORK)
+    return manifest
+
+
+def _plan(preparation: Preparation, say: Callable[[str], None]) -> Workspace:
+    """The shards; work of other settings or of files that have changed since is thrown away."""
+    corpus, folder = preparation.corpus, preparation.output / WORK
+    shards: list[Shard] = []
+    for name, source in corpus.sources.items():
+        size = corpus.steps.shard_megabytes << 20
+        shards += plan_shards(name, source, shard_bytes=size, shard_rows=_SHARD_ROWS)
+    inputs = {
+        file: [os.stat(file).st_size, os.stat(file).st_mtime_ns]
+        for shard in shards
+        for file in shard.files
+    }
+    plan = json.dumps({"settings": settings_of(corpus), "shards": shards, "inputs": inputs})
+    path = folder / _PLAN
+    if path.is_file() and path.read_text() != plan:
+        say("settings or sources have changed since: starting again")
+        for entry in folder.iterdir():
+            if entry.name != "lock":
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    if not path.is_file():
+        with atomic_file(path) as stream:
+            stream.write(plan.encode())
+    return Workspace(corpus, tuple(shards), folder)
+
+
+def _stages(workspace: Workspace) -> dict[str, tuple[list[PipelineStep], int]]:
+    """The steps of each stage and the number of its tasks."""
+    num_shards = len(workspace.shards)
+    texts = [TextStep(workspace, name) for name in text_step_names(workspace.corpus)]
+    return {
+        "tokenizer": ([MakeTokenizer(workspace, "tokenizer")], 1),
+        "documents": (
+            [ReadShard(workspace, "read"), *texts, StoreDocuments(workspace, "minhash")],
+            num_shards,
+        ),
+        "duplicates": ([Deduplicate(workspace, "duplicates")], 1),
+        "tokens": ([Tokenize(workspace, "tokenize")], num_shards),
+    }
+
+
+def _run_here(
+    workspace: Workspace,
+    stage: str,
+    steps: list[PipelineStep],
+    tasks: int,
+    workers: int,
+    say: Callable[[str], None],
+) -> None:
+    started = time.monotonic()
+    executor = LocalPipelineExecutor(
+        steps,
+        tasks=tasks,
+        workers=min(workers, tasks),
+        logging_dir=str(workspace.folder / "logs" / stage),
+    )
+    completions = workspace.folder / "logs" / stage / "completions"
+    with _progress(stage, completions, tasks):
+        executor.run()
+    say(f"{stage}: {tasks} shard{'s' * (tasks > 1)}, {time.monotonic() - started:.1f} s")
+
+
+@contextmanager
+def _progress(stage: str, completions: Path, tasks: int) -> Iterator[None]:
+    """On a terminal, a line that counts the shards."""
+    ended = Event()
+
+    def watch() -> None:
+        while not ended.wait(_POLL_SECONDS):
+            done = len(list(completions.glob("*")))
+            print(f"\r{stage}: {done}/{tasks} shards", end="", file=sys.stderr, flush=True)
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+    thread = Thread(target=watch, daemon=True)
+    if sys.stderr.isatty():
+        thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        if thread.is_alive():
+            thread.join()
+
+
+def _run_on_slurm(workspace: Workspace, config: ExecutorConfig, say: Callable[[str], None]) -> None:
+    """Submit the stages as a chain of job arrays and wait; OSError where one of them fails."""
+    executor = None
+    for stage, (steps, tasks) in _stages(workspace).items():
+        executor = SlurmPipelineExecutor(
+            steps,
+            tasks=tasks,
+            time=config.time,
+            partition=str(config.partition),
+            mem_per_cpu_gb=config.memory_gb,
+            workers=config.workers or -1,
+            job_name=f"hydratron-{stage}",
+            qos=config.qos,
+            env_command=f"export PATH={Path(sys.executable).parent}:$PATH",
+            sbatch_args={"kill-on-invalid-dep": "yes"},
+            logging_dir=str(workspace.folder.resolve() / "logs" / stage),
+            depends=executor,
+            requeue=False,
+            mail_type="NONE",
+        )
+        executor.launch_job()
+        say(f"{stage}: {tasks} tasks, SLURM job {executor.job_id}")
+    assert executor is not None
+    while executor.get_incomplete_ranks():
+        states = subprocess.run(
+            ["squeue", "-h", "-o", "%T", "-j", str(executor.job_id)], capture_output=True, text=True
+        )
+        if not states.stdout.strip() and executor.get_incomplete_ranks():
+            logs = workspace.folder.resolve() / "logs"
+            raise OSError(f"a SLURM job failed; its output is in {logs}/*/slurm_logs")
+        time.sleep(_POLL_SECONDS)
+
+
+def _finish(workspace: Workspace, output: Path) -> Manifest:
+    """Join the shards of each source, and write the manifest last."""
+    corpus = workspace.corpus
+    tokenizer = load_tokenizer(str(workspace.tokenizer))
+    sources: dict[str, dict[str, Any]] = {}
+    for name, source in corpus.sources.items():
+        parts = [
+            workspace.tokens(i)
+            for i, shard in enumerate(workspace.shards)
+            if shard.source == name and workspace.tokens(i).with_suffix(".idx").is_file()
+        ]
+        if not parts:
+            raise ValueError(f"source {name}: no document is left of {source.path}")
+        try:
+            concatenate_corpora(output / name, parts)
+        except OSError as error:
+            raise OSError(f"{output / name}.bin: {error.strerror or error}") from error
+        made = IndexedCorpus(output / name)
+        sources[name] = {
+            "documents": made.num_documents,
+            "sequences": made.num_sequences,
+            "tokens": made.num_tokens,
+            "weight": source.weight,
+            "home": source.home,
+            "licence": source.licence,
+        }
+    with atomic_file(output / DUPLICATES) as stream:
+        stream.write((workspace.folder / DUPLICATES).read_bytes())
+    shutil.copytree(workspace.tokenizer, output / TOKENIZER, dirs_exist_ok=True)
+    steps = {name: step_counts(workspace, name) for name in corpus.sources}
+    manifest = Manifest(
+        settings=settings_of(corpus),
+        tokenizer_sha256=tokenizer_hash(tokenizer),
+        sources=sources,
+        steps=steps,
+    )
+    manifest.write(output)
+    return manifest
+
+
+def step_counts(workspace: Workspace, source: str) -> dict[str, dict[str, int]]:
+    """Documents and bytes in and out of each step of a source."""
+    tasks = [i for i, shard in enumerate(workspace.shards) if shard.source == source]
+    counts: dict[str, dict[str, int]] = {}
+    for i in tasks:
+        for step, values, _ in _task_stats(workspace, "documents", i):
+            if step == "minhash":
+                continue
+            into = counts.setdefault(step, {})
+            for side in ("documents_in", "bytes_in", "documents_out", "bytes_out"):
+                into[side] = into.get(side, 0) + values.get(side, 0)
+    left = dict(list(counts.values())[-1])
+    lines = (workspace.folder / DUPLICATES).read_text().splitlines()
+    removed = [row for row in map(json.loads, lines) if row["source"] == source]
+    switched = workspace.corpus.steps
+    for step in ("exact_duplicates", "near_duplicates"):
+        if not getattr(switched, step):
+            continue
+        before = {"documents_in": left["documents_out"], "bytes_in": left["bytes_out"]}
+        gone = [row["bytes"] for row in removed if row["step"] == step]
+        left = before | {
+            "documents_out": before["documents_in"] - len(gone),
+            "bytes_out": before["bytes_in"] - sum(gone),
+        }
+        counts[step] = left
+    return counts
+
+
+def _task_stats(
+    workspace: Workspace, stage: str, task: int
+) -> Iterator[tuple[str, dict[str, int], float]]:
+    """Step, counts and seconds, as datatrove wrote them for a task."""
+    for step in json.loads((workspace.stats(stage) / f"{task:05d}.json").read_text()):
+        values = {key: int(_total(value)) for key, value in step["stats"].items()}
+        yield step["name"].partition(": ")[2], values, float(_total(step["time_stats"]))
+
+
+def _total(value: Any) -> float:
+    return value["total"] if isinstance(value, dict) else value
+
+
+def say_steps(workspace: Workspace, say: Callable[[str], None]) -> None:
+    """A line a step: what went in, what came out, how fast one core did it."""
+    for stage, (_, tasks) in _stages(workspace).items():
+        counts: dict[str, np.ndarray] = {}
+        for task in range(tasks):
+            for step, values, seconds in _task_stats(workspace, stage, task):
+                sides = [values.get(f"documents_{side}", 0) for side in ("in", "out")]
+                row = np.array([*sides, values.get("bytes_in", 0), seconds])
+                counts[step] = counts.get(step, 0) + row
+        for step, (came, left, size, seconds) in counts.items():
+            rate = f"{size / 1e6 / seconds:8.1f} MB/s a core" if size and seconds else ""
+            dropped = f"{came - left:.0f} dropped" if left else ""
+            say(f"{step:16} {came:9.0f} documents {size / 1e6:9.1f} MB {rate} {dropped}".rstrip())
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One preparation at a time writes to a folder; the lock goes with the process."""
+    with path.open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"{path.parent.parent}: another preparation writes to it") from error
+        yield

@@ -1,0 +1,212 @@
+"""Raw text of a source: files and datasets become documents, in shards of about equal size."""
+
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from glob import glob
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import zstandard
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+
+from hydratron.data.sources import Source
+from hydratron.data.text import split_documents
+from hydratron.data.zeroshot import wikitext_detokenize
+
+_ENDINGS = {
+    "text": (".txt", ".txt.gz", ".txt.zst"),
+    "jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz"),
+    "wikitext": (".tokens", ".raw", ".txt", ".tokens.gz", ".txt.gz"),
+}
+_CHUNK = 1 << 20
+# " = Title = ", not " = = Section = = "
+_ARTICLE = re.compile(r"^ ?= (?!=)(?P<title>[^\n]+?) (?<!= )= ?$", re.MULTILINE)
+
+
+class RawDocument(NamedTuple):
+    """A document as it was found; `name` says where, `title` is empty where there is none."""
+
+    text: str
+    name: str
+    title: str
+
+
+class Shard(NamedTuple):
+    """What one task reads: files, or rows start..stop of a dataset."""
+
+    source: str
+    files: list[str]
+    start: int = 0
+    stop: int = 0
+
+
+def list_files(source: Source) -> list[Path]:
+    """The files of a source, sorted; ValueError where there are none."""
+    path = Path(source.path).expanduser()
+    found = [path] if path.exists() else [Path(name) for name in sorted(glob(str(path)))]
+    files = []
+    for entry in found:
+        inside = [entry] if entry.is_file() else sorted(entry.rglob("*"))
+        endings = _ENDINGS[source.kind]
+        files += [f for f in inside if f.is_file() and (f == entry or f.name.endswith(endings))]
+    if not found:
+        raise ValueError(f"{path}: no such file or folder")
+    if not files:
+        raise ValueError(f"{path}: no file ending in {', '.join(_ENDINGS[source.kind])} in it")
+    return files
+
+
+def plan_shards(name: str, source: Source, *, shard_bytes: int, shard_rows: int) -> list[Shard]:
+    """Cut a source into consecutive shards, a function of its files' names and sizes only."""
+    if source.kind == "huggingface":
+        rows = len(load_rows(source))
+        starts = range(0, rows, shard_rows)
+        return [Shard(name, [], start, min(start + shard_rows, rows)) for start in starts]
+    shards: list[Shard] = []
+    room = 0
+    for file in list_files(source):
+        size = file.stat().st_size * (3 if file.suffix in (".gz", ".zst") else 1)
+        if not shards or size > room:
+            shards.append(Shard(name, []))
+            room = shard_bytes
+        shards[-1].files.append(str(file))
+        room -= size
+    return shards
+
+
+def load_rows(source: Source) -> Dataset:
+    """The rows of a Hugging Face dataset: a folder of save_to_disk or of data files, or a name."""
+    path = Path(source.path).expanduser()
+    try:
+        if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+            loaded: Any = load_from_disk(str(path))
+        else:
+            loaded = load_dataset(str(source.path), source.subset, split=source.split)
+    except (OSError, ValueError, ConnectionError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"dataset {source.path!r} is not to be had: {reason}") from error
+    if isinstance(loaded, DatasetDict):
+        if source.split not in loaded:
+            raise ValueError(f"dataset {source.path!r} has no split {source.split!r}")
+        loaded = loaded[source.split]
+    if source.text_key not in loaded.column_names:
+        known = ", ".join(loaded.column_names)
+        raise ValueError(f"dataset {source.path!r} has no column {source.text_key!r}: {known}")
+    return loaded
+
+
+def read_shard(source: Source, shard: Shard) -> Iterator[RawDocument]:
+    """The documents of a shard in order; ValueError names file and position of what is broken."""
+    if source.kind == "huggingface":
+        rows = load_rows(source)
+        for i in range(shard.start, shard.stop):
+            row = rows[i]
+            title = str(row.get(source.title_key) or "")
+            yield RawDocument(str(row[source.text_key] or ""), f"{source.path}:{i}", title)
+        return
+    read = {"text": _read_text_file, "jsonl": _read_json_lines, "wikitext": _read_wikitext}
+    for file in shard.files:
+        yield from read[source.kind](source, Path(file))
+
+
+def _read_text_file(source: Source, file: Path) -> Iterator[RawDocument]:
+    text = read_text(file)
+    documents = split_documents(text) if source.split_files else [text]
+    for i, document in enumerate(documents):
+        yield RawDocument(document, f"{file}:{i}", "")
+
+
+def _read_wikitext(source: Source, file: Path) -> Iterator[RawDocument]:
+    text = read_text(file)
+    headings = list(_ARTICLE.finditer(text))
+    if not headings:
+        raise ValueError(f"{file}: not WikiText, it has no line ' = Title = '")
+    stops = [*(heading.start() for heading in headings[1:]), len(text)]
+    for heading, stop in zip(headings, stops, strict=True):
+        body = wikitext_detokenize(text[heading.start() : stop])
+        yield RawDocument(body, f"{file}:{heading.start()}", heading["title"])
+
+
+def wikitext_titles(file: Path) -> list[str]:
+    """The titles of the articles of a WikiText file."""
+    return [heading["title"] for heading in _ARTICLE.finditer(read_text(file))]
+
+
+def _read_json_lines(source: Source, file: Path) -> Iterator[RawDocument]:
+    for number, line in _lines(file):
+        if not line.strip():
+            continue
+        where = f"{file}: line {number}"
+        try:
+            row = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{where}: not UTF-8 at byte {error.start} of the line") from error
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}, column {error.colno}: not JSON: {error.msg}") from error
+        if not isinstance(row, dict) or not isinstance(row.get(source.text_key), str):
+            raise ValueError(f"{where}: no text under {source.text_key!r}")
+        title = str(row.get(source.title_key) or "")
+        yield RawDocument(row[source.text_key], f"{file}:{number}", title)
+
+
+def read_text(file: Path) -> str:
+    """A whole text file, unpacked, its newlines made "\\n"."""
+    raw = b"".join(_unpacked(file))
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{file}: not UTF-8 at byte {error.start} (line {line}): {error.reason}"
+        ) from error
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
+    number, rest = 0, b""
+    for chunk in _unpacked(file):
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            number += 1
+            yield number, line
+    if rest:
+        yield number + 1, rest
+
+
+def _unpacked(file: Path) -> Iterator[bytes]:
+    """The contents in chunks; a truncated or broken .gz or .zst is a ValueError with its place."""
+    if file.suffix == ".gz":
+        chunks = _decompress(file, lambda: zlib.decompressobj(wbits=31))
+    elif file.suffix == ".zst":
+        chunks = _decompress(file, zstandard.ZstdDecompressor().decompressobj)
+    else:
+        with file.open("rb") as stream:
+            while chunk := stream.read(_CHUNK):
+                yield chunk
+        return
+    done = 0
+    try:
+        for chunk in chunks:
+            done += len(chunk)
+            yield chunk
+    except (EOFError, zlib.error, zstandard.ZstdError) as error:
+        raise ValueError(f"{file}: broken after byte {done} of its contents: {error}") from error
+
+
+def _decompress(file: Path, make: Callable[[], Any]) -> Iterator[bytes]:
+    """Both formats may have several members one after the other."""
+    member = None
+    with file.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            while chunk:
+                if member is None:
+                    if not chunk.strip(b"\0"):  # tape padding after the last member
+                        break
+                    member = make()
+                yield member.decompress(chunk)
+                chunk = member.unused_data if member.eof else b""
+                member = None if member.eof else member
+    if member is not None:
+        raise EOFError("the compressed file is truncated")

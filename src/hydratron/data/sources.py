@@ -1,0 +1,83 @@
+"""What decides the content of a prepared corpus: its sources and the steps they go through."""
+
+from dataclasses import dataclass
+
+from hydratron.data.deduplication import NearDuplicates
+
+KINDS = ("text", "jsonl", "wikitext", "huggingface")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One corpus of a blend: where its raw text is, and its share of the samples.
+
+    `kind`: "text" (a folder of .txt, .gz or .zst allowed, or one file), "jsonl" (one document a
+    line, under `text_key`; .gz and .zst), "wikitext" (articles under " = Title = "),
+    "huggingface" (a dataset by name or path; `subset` and `split`). `path` may have wildcards.
+    `weight`: share of the samples, None for its share of the tokens. `split_files`: cut each text
+    into chapters or runs of about 2,000 words. `join_lines`: undo newlines inside sentences.
+    `exclude_titles`: a WikiText file whose articles are left out, as those of WikiText-103's test
+    set are from Wikipedia (Shoeybi et al. 2019, 4.1). `home` and `licence` go to the manifest.
+    ValueError for values that cannot be.
+    """
+
+    kind: str
+    path: str
+    weight: float | None = None
+    text_key: str = "text"
+    title_key: str = "title"
+    subset: str | None = None
+    split: str = "train"
+    split_files: bool = False
+    join_lines: bool = False
+    exclude_titles: str | None = None
+    home: str = ""
+    licence: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind {self.kind!r} of a source is not one of {', '.join(KINDS)}")
+        if self.weight is not None and not self.weight > 0:
+            raise ValueError(f"weight {self.weight} of a source is not positive")
+
+
+@dataclass(frozen=True)
+class StepsConfig:
+    """Which steps a text goes through; each can be switched off.
+
+    `fix_text`: repair of broken encodings. `language`: keep texts in it, null keeps all.
+    `min_tokens`: shortest document, 0 keeps all. `exact_duplicates`, `near_duplicates` (null: off):
+    keep the first. `decontaminate`: files of evaluation sets, none of whose runs of
+    `decontaminate_ngram` words may occur. ValueError for values that cannot be.
+    """
+
+    fix_text: bool = True
+    language: str | None = None
+    min_tokens: int = 128
+    exact_duplicates: bool = True
+    near_duplicates: NearDuplicates | None = None
+    decontaminate: tuple[str, ...] = ()
+    decontaminate_ngram: int = 13
+    shard_megabytes: int = 16
+
+    def __post_init__(self) -> None:
+        for key in ("min_tokens", "decontaminate_ngram", "shard_megabytes"):
+            if getattr(self, key) < (key != "min_tokens"):
+                raise ValueError(f"steps.{key} {getattr(self, key)} is too small")
+        object.__setattr__(self, "decontaminate", tuple(self.decontaminate))
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """Everything that decides the content of a prepared corpus.
+
+    `tokenizer`: a kind to train on the text (with `vocab_size` and `lowercase`), or a folder, file
+    or Hub name. `split_into_sentences`: a sequence is a sentence, as BERT needs, else a document.
+    """
+
+    sources: dict[str, Source]
+    tokenizer: str
+    vocab_size: int
+    lowercase: bool
+    split_into_sentences: bool
+    steps: StepsConfig
