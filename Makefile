@@ -38,7 +38,7 @@ quickstart: .venv/.installed
 	$(BIN)/hydratron report $(QUICKSTART_DIR)
 
 test: .venv/.installed-test
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not gpu and not multi_gpu"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not multi_gpu"
 
 test-slow: .venv/.installed-test
 	$(BIN)/python -m pytest -q -m slow

@@ -32,7 +32,9 @@ def pretrained(hydratron, tmp_path: Path, request: pytest.FixtureRequest) -> Pat
     return run
 
 
-@pytest.mark.parametrize("pretrained", KINDS, indirect=True)
+@pytest.mark.parametrize(
+    "pretrained", ["post", pytest.param("pre", marks=pytest.mark.slow), "gpt2"], indirect=True
+)
 def test_a_run_goes_to_hugging_face_and_back_bit_for_bit(
     hydratron, tmp_path: Path, pretrained: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -74,11 +76,11 @@ def test_a_run_goes_to_hugging_face_and_back_bit_for_bit(
     assert not any("optimizer" in key for key in metadata.state_dict_metadata)
 
 
-def test_wrong_input_ends_with_one_line_and_status_2(hydratron, tmp_path: Path) -> None:
+def test_wrong_input_ends_with_one_line_and_status_2(in_process, tmp_path: Path) -> None:
     """What else is refused, and how, is in tests/unit/checkpoint."""
     (tmp_path / "other").mkdir()
     (tmp_path / "other/config.json").write_text(json.dumps({"model_type": "roberta"}))
-    done = hydratron("convert", "checkpoint=other", "output=out", "hydra.run.dir=job")
+    done = in_process("convert", "checkpoint=other", "output=out", "hydra.run.dir=job")
     assert done.returncode == 2, done.stderr
     assert done.stderr == (
         "hydratron convert: other/config.json: model_type 'roberta' is not one of bert,"

@@ -110,7 +110,10 @@ def test_finetuning_goes_on_after_a_kill(hydratron: Run, inputs: Path) -> None:
     assert run.equals(whole)
 
 
-@pytest.mark.parametrize("kind", ["roberta", "albert", "xlnet"])
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("roberta", "albert")]
+
+
+@pytest.mark.parametrize("kind", [*SLOW, "xlnet"])
 def test_encoders_of_transformers_run_through_the_same_commands(
     kind: str, hydratron: Run, inputs: Path
 ) -> None:
@@ -148,9 +151,9 @@ def prepare(arguments: list[str]) -> None:
 
 
 def test_wrong_input_is_named_before_anything_runs(
-    hydratron: Run, inputs: Path, monkeypatch: pytest.MonkeyPatch
+    in_process: Run, inputs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    finetune(hydratron, "run", *MNLI, "checkpoint=bert", "trainer.max_steps=1")
+    finetune(in_process, "run", *MNLI, "checkpoint=bert", "trainer.max_steps=1")
     rows = (inputs / "train.jsonl").read_text().splitlines()
     rows[1] = rows[1].replace("contradiction", "maybe")
     (inputs / "bad.jsonl").write_text("\n".join(rows))
@@ -160,11 +163,11 @@ def test_wrong_input_is_named_before_anything_runs(
         with pytest.raises(ValueError, match=re.escape(message)):
             prepare(arguments)
     shutil.rmtree(inputs / "run/predictions")
-    done = hydratron("evaluate", "runs=[run]")
+    done = in_process("evaluate", "runs=[run]")
     assert done.returncode == 2
     assert "has not been evaluated on that split" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    done = hydratron("evaluate", "checkpoint=bert")
+    done = in_process("evaluate", "checkpoint=bert")
     assert done.returncode == 2
     assert "bert is no finetuned run" in done.stderr
 

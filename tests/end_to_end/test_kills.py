@@ -39,7 +39,7 @@ def kill_at_random(run: Path, process: subprocess.Popen[bytes], generator: rando
 @pytest.mark.parametrize(
     ("grid", "num_kills"),
     [
-        ("single", 2),
+        ("single", 1),
         pytest.param("single", 20, marks=pytest.mark.slow),
         pytest.param("tp2", 5, marks=pytest.mark.slow),
     ],

@@ -196,6 +196,7 @@ def test_a_full_disk_names_file_and_position(
         subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.slow
 def test_a_target_that_cannot_be_written_is_named(
     hydratron: Callable, tmp_path: Path, texts: Path
 ) -> None:

@@ -186,8 +186,16 @@ def save_checkpoint(
 
 
 def _publish(temporary: Path, directory: Path) -> None:
-    shutil.rmtree(directory, ignore_errors=True)
+    if directory.exists():
+        remove_checkpoint(directory)
     os.replace(temporary, directory)
+
+
+def remove_checkpoint(directory: Path) -> None:
+    """Remove a checkpoint, or leave it whole: it loses its name first."""
+    doomed = directory.with_name(directory.name + ".removed.tmp")
+    os.replace(directory, doomed)
+    shutil.rmtree(doomed)
 
 
 def load_checkpoint(

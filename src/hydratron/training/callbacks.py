@@ -12,7 +12,7 @@ import torch.distributed as dist
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
 
-from hydratron.checkpoint.sharded import NAME_PREFIX
+from hydratron.checkpoint.sharded import NAME_PREFIX, remove_checkpoint
 from hydratron.perf.flops import train_flops
 from hydratron.training.module import TrainingModule
 from hydratron.training.pretraining import PretrainingModule
@@ -39,6 +39,9 @@ class StepCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.last_saved = trainer.global_step
+        if trainer.is_global_zero:
+            for path in self.directory.glob(f"{NAME_PREFIX}*.tmp"):  # a killed save or removal
+                shutil.rmtree(path)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -81,7 +84,7 @@ class StepCheckpoint(Checkpoint):
                 key=lambda p: int(p.name.removeprefix(NAME_PREFIX)),
             )
             for old in steps[:-NUM_KEPT]:
-                shutil.rmtree(old)
+                remove_checkpoint(old)
 
 
 class Throughput(Callback):
