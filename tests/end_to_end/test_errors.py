@@ -80,6 +80,14 @@ def test_an_indexed_corpus_trains(in_process, corpus: Path, tmp_path: Path) -> N
     assert result(tmp_path / "run")["status"] == "ok"
 
 
+def test_a_run_that_never_validates_on_its_way_does_so_at_its_end(
+    in_process, tmp_path: Path
+) -> None:
+    done = in_process("pretrain", *TINY, "trainer.val_every=0", "hydra.run.dir=run")
+    assert done.returncode == 0, done.stderr
+    assert result(tmp_path / "run")["val/loss"] > 0
+
+
 def test_a_folder_of_text_trains(in_process, tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
     book = Path(__file__).parents[2] / "src/hydratron/data/shipped"

@@ -40,6 +40,13 @@ def test_mixed_precision_stays_near_float32(tmp_path: Path, precision: str) -> N
     assert mixed[-1] == pytest.approx(exact[-1], abs=0.1)
 
 
+def test_validation_after_training_finds_the_network_on_the_gpu(tmp_path: Path) -> None:
+    trainer, module, data, logged = Job(tmp_path, trainer=GPU | {"val_every": 3}).build()
+    trainer.fit(module, datamodule=data)
+    trainer.validate(module, datamodule=data, verbose=False)
+    assert len(logged.column("val/loss")) == 2
+
+
 class NoWaiting(Callback):
     """Makes any wait of the host for the device an error, outside logging steps."""
 

@@ -122,6 +122,7 @@ class TensorParallelStrategy(ParallelStrategy):
         # Lightning 2.6.6 broadcasts a SIGTERM flag and reads it back on the host at every batch.
         # Stopping is agreed by callbacks.StopOnRequest, which never waits for the GPU.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+        self.model_to_device()
         if trainer.state.fn == TrainerFn.FITTING:
             if self.mesh.dp_group is not None:
                 self._replica = DistributedDataParallel(
@@ -160,7 +161,9 @@ class TensorParallelStrategy(ParallelStrategy):
         return replica.no_sync() if isinstance(replica, DistributedDataParallel) else nullcontext()
 
     def model_to_device(self) -> None:
-        """Nothing: parameters are made on their device."""
+        """Bring the parameters back where Lightning's teardown after `fit` moved them to the CPU."""
+        assert self.lightning_module is not None
+        self.lightning_module.to(self.root_device)
 
     def reduce(
         self, tensor: Tensor | Any, group: Any | None = None, reduce_op: Any = "mean"

@@ -123,7 +123,6 @@ def build_trainer(
         max_epochs=-1,
         val_check_interval=config.val_every or None,
         check_val_every_n_epoch=None if config.val_every else 1,
-        limit_val_batches=None if config.val_every else 0,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
         enable_checkpointing=True,
