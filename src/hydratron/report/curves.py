@@ -118,6 +118,8 @@ def draw_grid(
             axes.set_title(layout.title(index), loc="left")
             groups = [g for g in layout.section.groups if layout.panel_of(g) == index]
             draw(axes, groups)
+            if index >= count - layout.shape[1]:  # nothing below it, also where a row is not full
+                axes.tick_params(labelbottom=True)
             if not groups:
                 axes.text(0.5, 0.5, "no run", transform=axes.transAxes, ha="center", color=FAINT)
     if named:

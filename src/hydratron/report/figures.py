@@ -5,6 +5,7 @@ from pathlib import Path
 from hydratron.report.comparisons import divergence_map, group_bars, throughput_bars
 from hydratron.report.curves import loss_by_size, loss_curves
 from hydratron.report.groups import Section
+from hydratron.report.layers import gradient_norms
 
 
 def draw_figures(section: Section, directory: Path, prefix: str = "") -> list[Path]:
@@ -14,6 +15,7 @@ def draw_figures(section: Section, directory: Path, prefix: str = "") -> list[Pa
         loss_by_size(section, directory / f"{prefix}loss_by_size"),
         divergence_map(section, directory / f"{prefix}divergence_map"),
         throughput_bars(section, directory / f"{prefix}throughput"),
+        gradient_norms(section, directory / f"{prefix}gradient_norms"),
     ]
     for metric in section.main_metrics:
         if not metric.startswith("perf/") and not metric.endswith("loss"):

@@ -161,7 +161,7 @@ class TensorParallelStrategy(ParallelStrategy):
         return replica.no_sync() if isinstance(replica, DistributedDataParallel) else nullcontext()
 
     def model_to_device(self) -> None:
-        """Bring the parameters back where Lightning's teardown after `fit` moved them to the CPU."""
+        """Bring the parameters back: Lightning's teardown after `fit` moves them to the CPU."""
         assert self.lightning_module is not None
         self.lightning_module.to(self.root_device)
 

@@ -8,6 +8,7 @@ import pytest
 from hydratron.report.curves import assign_keys, curve_range
 from hydratron.report.figures import draw_figures
 from hydratron.report.groups import split_sections
+from hydratron.report.layers import layer_profiles
 from hydratron.report.runs import load_runs
 
 
@@ -54,6 +55,21 @@ def test_depth_and_learning_rate_get_a_divergence_map_and_loss_by_size(writer, t
         ["layernorm"],
     )
     assert layout.shape == (2, 2)
+
+
+def test_logged_layer_norms_are_drawn_from_first_to_last_step(writer, tmp_path):
+    header = "step,train/loss,train/grad_norm/layer_00,train/grad_norm/layer_01\n"
+    for placement, seed in product(("pre", "post"), (1, 2)):
+        overrides = {"layernorm": placement, "seed": seed}
+        rows = f"1,4,{seed},10\n2,3,0.1,0.2\n"
+        result = {"layernorm": placement}
+        writer.run(f"{placement}{seed}", overrides, result=result, metrics=header + rows)
+    section = section_of(writer)
+    profiles = layer_profiles(section.groups[0])
+    assert {step: list(norms) for step, norms in profiles.items()} == {1: [1.5, 10], 2: [0.1, 0.2]}
+    figures = draw_figures(section, tmp_path)
+    assert [path.stem for path in figures] == ["loss_curves", "gradient_norms"]
+    assert_drawn(figures[-1])
 
 
 def test_a_benchmark_shows_throughput_first(writer, tmp_path):

@@ -1,0 +1,49 @@
+"""What is kept of an experiment's runs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+COLLECT = Path(__file__).parents[2] / "experiments" / "collect.py"
+HEADER = "step,train/loss,perf/step_ms,val/loss,train/grad_norm/layer_00,train/grad_norm/layer_01\n"
+
+
+def write_run(path: Path, seed: int, **result: object) -> None:
+    path.mkdir(parents=True)
+    overrides = {"seed": str(seed), "optimizer.lr": "0.001", "resume": "somewhere"}
+    full = {"command": "pretrain", "status": "ok", "overrides": overrides, "steps": 20, **result}
+    (path / "result.json").write_text(json.dumps(full))
+    rows = f"10,3,100,3.5,1,2\n{11 * seed},,,3.4,,\n20,2,50,2.5,3,4\n"
+    (path / "metrics.csv").write_text(HEADER + rows)
+
+
+def collect(tmp_path: Path, *options: str) -> None:
+    given = [sys.executable, COLLECT, tmp_path / "runs", tmp_path, "--hardware", "a laptop"]
+    subprocess.run([*given, "--commit", "1a2b3c4", *options], check=True, timeout=120)
+
+
+def test_results_have_a_row_a_run_with_what_repeats_it(tmp_path: Path) -> None:
+    write_run(tmp_path / "runs/1", 2, **{"val/loss": 2.5})
+    write_run(tmp_path / "runs/0", 1, status="failed", error="lost")
+    collect(tmp_path)
+    frame = pd.read_csv(tmp_path / "results.csv")
+    assert list(frame["seed"]) == [1, 2]
+    assert list(frame["status"]) == ["failed", "ok"]
+    assert list(frame["val/loss"]) == [2.5, 2.5]  # the failed run's is the last it logged
+    # the validations at 11 and 22 are where one run was stopped
+    assert [name for name in frame if "@" in name] == ["val/loss@10", "val/loss@20"]
+    assert list(frame["training_s"]) == [1.5, 1.5]
+    assert frame["command"][0] == "hydratron pretrain seed=1 optimizer.lr=0.001"
+    assert set(frame["commit"]) == {"1a2b3c4"}
+
+
+def test_layer_norms_have_a_row_a_layer_and_step(tmp_path: Path) -> None:
+    write_run(tmp_path / "runs/0", 1)
+    collect(tmp_path, "--layer-steps", "10", "20")
+    frame = pd.read_csv(tmp_path / "gradient_norms.csv")
+    assert frame[["step", "layer", "norm"]].to_numpy().tolist() == [
+        [10, 0, 1], [10, 1, 2], [20, 0, 3], [20, 1, 4]
+    ]  # fmt: skip
