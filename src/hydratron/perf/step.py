@@ -1,0 +1,198 @@
+"""What is run in one training step of a configuration, and its trace at a few layers.
+
+A Transformer's step is affine in its number of layers, so two short traces tell every depth.
+Letters: B micro-batch, S sequence, M predicted positions of a sequence.
+"""
+
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C._distributed_c10d import GradBucket
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import _engine_run_backward
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW
+
+from hydratron.models.bert import BertForPretraining
+from hydratron.models.config import ModelConfig
+from hydratron.models.gpt2 import Gpt2ForPretraining
+from hydratron.parallel.grad_norm import clip_grad_norm, squared_gradient_norms
+from hydratron.parallel.mesh import ParallelMesh, ProcessGroup
+from hydratron.parallel.placement import parameter_placements, reduce_partial_gradients
+from hydratron.parallel.zero import ShardedAdamW
+from hydratron.perf.recorder import DeviceKernels, Recorder, StepTrace, pretended_mesh
+
+NETWORKS = {"bert": BertForPretraining, "gpt2": Gpt2ForPretraining}
+HALF_PRECISIONS = ("bf16-mixed", "16-mixed", "bf16-true")
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """One rank's optimizer step.
+
+    `seq_len` S and `num_predictions` M are of a sequence, `micro_batch_size` B of a forward pass,
+    `num_micro_batches` of a rank's step. `masked`: the batch carries an attention mask, as BERT's
+    does. `compiled`: elementwise work is fused, as torch.compile does.
+
+    Raises:
+        ValueError: a size that does not divide, by name and rule.
+    """
+
+    model: ModelConfig
+    seq_len: int
+    num_predictions: int
+    micro_batch_size: int
+    num_micro_batches: int = 1
+    tensor_parallel_size: int = 1
+    data_parallel_size: int = 1
+    precision: str = "bf16-mixed"
+    shard_optimizer: bool = False
+    clip: bool = True
+    compiled: bool = True
+    masked: bool = True
+
+    def __post_init__(self) -> None:
+        self.model.check_tensor_parallel(self.tensor_parallel_size)
+
+    @property
+    def world_size(self) -> int:
+        """Processes of the whole grid."""
+        return self.tensor_parallel_size * self.data_parallel_size
+
+    @property
+    def global_batch_size(self) -> int:
+        """Sequences of an optimizer step, over all ranks."""
+        return self.micro_batch_size * self.num_micro_batches * self.data_parallel_size
+
+    @property
+    def parameter_dtype(self) -> torch.dtype:
+        """What the network's weights are kept in."""
+        return torch.bfloat16 if self.precision == "bf16-true" else torch.float32
+
+
+def build_network(config: StepConfig, tp_group: ProcessGroup | None, num_layers: int) -> nn.Module:
+    """Build this rank's part of the network, with `num_layers` layers, on the default device."""
+    model = replace(config.model, num_layers=num_layers)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(config.parameter_dtype)  # fake parameters cannot be converted
+    try:
+        return NETWORKS[model.family](model, tp_group)
+    finally:
+        torch.set_default_dtype(default)
+
+
+def fake_batch(config: StepConfig) -> dict[str, Tensor]:
+    """Return the tensors of one micro-batch, as the data module gives them."""
+    batch_size, seq_len = config.micro_batch_size, config.seq_len
+
+    def ids(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.long)
+
+    if config.model.family == "gpt2":
+        return {"input_ids": ids(batch_size, seq_len), "labels": ids(batch_size, seq_len)}
+    batch = {
+        "input_ids": ids(batch_size, seq_len),
+        "token_type_ids": ids(batch_size, seq_len),
+        "masked_positions": ids(batch_size, config.num_predictions),
+        "masked_labels": ids(batch_size, config.num_predictions),
+        "sentence_order": ids(batch_size),
+    }
+    if config.masked:
+        batch["attention_mask"] = torch.ones(batch_size, seq_len, dtype=torch.bool)
+    return batch
+
+
+def _optimizer(network: nn.Module, config: StepConfig, mesh: ParallelMesh) -> AdamW:
+    parameters = list(network.parameters())
+    if not config.shard_optimizer or mesh.dp_group is None:
+        return AdamW(parameters, lr=1e-4, fused=True)
+    by_name = parameter_placements(network)
+    placements = {p: by_name[name] for name, p in network.named_parameters()}
+    groups = [{"params": parameters}]
+    return ShardedAdamW(groups, placements=placements, dp_group=mesh.dp_group, lr=1e-4, fused=True)
+
+
+def _replica(network: nn.Module, mesh: ParallelMesh, recorder: Recorder) -> nn.Module:
+    """The network with DDP's buckets around it, whose averaging is written down and not done."""
+    if mesh.dp_group is None:
+        return network
+    replica = DistributedDataParallel(
+        network, process_group=mesh.dp_group, gradient_as_bucket_view=True, init_sync=False
+    )
+
+    def average(_state: None, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+        buffer = bucket.buffer()
+        size = buffer.numel() * buffer.element_size()
+        recorder.add(
+            "ddp_bucket", "collective", [buffer], [buffer],
+            collective="all_reduce", axis="dp", num_bytes=size,
+        )  # fmt: skip
+        done: torch.futures.Future[Tensor] = torch.futures.Future()
+        done.set_result(buffer)
+        return done
+
+    replica.register_comm_hook(None, average)
+    return replica
+
+
+def _mark_times(network: Any, recorder: Recorder) -> None:
+    """Tell the trace when gradients are complete and when the first layer's backward starts."""
+    trace = recorder.trace
+    layers = network.transformer.layers if hasattr(network, "transformer") else None
+    layers = network.encoder.transformer.layers if layers is None else layers
+    top = set(layers[-1].parameters())
+
+    def complete(parameter: nn.Parameter) -> None:
+        assert parameter.grad is not None
+        storage = recorder.storage(parameter.grad)
+        trace.gradients[storage] = parameter.grad.untyped_storage().nbytes()
+        if parameter in top:
+            trace.top_layer_done = len(trace.operators)
+
+    def started(gradient: Tensor) -> None:
+        trace.bottom_layer_started = len(trace.operators)
+
+    def watch(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        if recorder.phase == "forward":  # not where it is computed again
+            output.register_hook(started)
+
+    for parameter in network.parameters():
+        parameter.register_post_accumulate_grad_hook(complete)
+    layers[0].register_forward_hook(watch)
+
+
+def trace_step(config: StepConfig, num_layers: int, *, rank: int = 0) -> StepTrace:
+    """Trace one micro-batch's forward and backward pass and the optimizer step after it."""
+    with ExitStack() as stack:
+        mesh = stack.enter_context(
+            pretended_mesh(config.tensor_parallel_size, config.data_parallel_size, rank=rank)
+        )
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        network = build_network(config, mesh.tp_group, num_layers)
+        optimizer = _optimizer(network, config, mesh)
+        batch = fake_batch(config)
+        recorder = Recorder(mesh)
+        replica = _replica(network, mesh, recorder)
+        _mark_times(network, recorder)
+        stack.enter_context(DeviceKernels(recorder))
+        stack.enter_context(recorder)
+        is_mixed = config.precision.endswith("-mixed")
+        with torch.autocast("cpu", torch.bfloat16) if is_mixed else nullcontext():
+            losses = replica(batch)
+            loss = torch.stack(list(losses.values())).sum()
+        recorder.phase = "backward"
+        # the public backward would suspend the function mode, which recomputation needs
+        _engine_run_backward(
+            (loss,), (torch.ones_like(loss),), False, False, (),
+            allow_unreachable=True, accumulate_grad=True,
+        )  # fmt: skip
+        recorder.phase = "optimizer"
+        reduce_partial_gradients(network, mesh.tp_group)
+        if config.clip:
+            squares = squared_gradient_norms(network, mesh.tp_group)
+            clip_grad_norm(network, squares, max_norm=1.0)
+        optimizer.step()
+    return recorder.trace
