@@ -50,7 +50,7 @@ class Job:
     optimizer: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
     seed: int = 1
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype | None = None  # None: what the precision asks for
 
     def build(
         self, callbacks: list[Callback] | None = None
@@ -93,8 +93,9 @@ class Job:
             seed=self.seed,
             micro_batch_size=data.micro_batch(self.dp),
             log_every=trainer_config.log_every,
-            dtype=self.dtype,
+            dtype=self.dtype or trainer_config.parameter_dtype,
             compile=trainer_config.compile,
+            fp8=trainer_config.precision == "fp8",
         )
         samples = PretrainingData(data, model, seed=self.seed, num_steps=self.max_steps)
         return trainer, module, samples, metrics

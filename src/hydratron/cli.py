@@ -14,6 +14,7 @@ HYDRA_COMMANDS = {
     "finetune": "a task (MNLI, QQP, SQuAD, RACE, ...) on a pretrained encoder",
     "prepare": "raw text to a cleaned, deduplicated, tokenised corpus",
     "evaluate": "a finetuned run, an ensemble of runs, or a GPT-2 zero-shot",
+    "benchmark": "iteration time, TFLOP/s per GPU, share of peak, beside a peer's",
     "convert": "between our checkpoints, Hugging Face folders and Megatron-LM checkpoints",
 }
 PLAIN_COMMANDS = {  # take their own arguments

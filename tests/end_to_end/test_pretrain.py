@@ -1,9 +1,11 @@
 """`hydratron pretrain`: grids, sweeps, resuming, signals, and what a run leaves behind."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -102,16 +104,33 @@ def test_resuming_a_sweep_runs_only_what_is_missing(hydratron, tmp_path: Path) -
     assert (tmp_path / "sweep/multirun.yaml").read_text() == definition
 
 
-def start(tmp_path: Path, *arguments: str) -> subprocess.Popen[bytes]:
+def heed_interrupts() -> None:
+    """Undo what a shell does to background processes: they, and all they start, ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
     """Start a run without end in `tmp_path/run`; what it prints goes to `tmp_path/output.txt`."""
-    with (tmp_path / "output.txt").open("ab") as output:
-        return subprocess.Popen(
-            [SCRIPT, "pretrain", *TINY[:-1], *ENDLESS, *arguments],
-            cwd=tmp_path,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    started: list[subprocess.Popen[bytes]] = []
+
+    def run(*arguments: str) -> subprocess.Popen[bytes]:
+        with (tmp_path / "output.txt").open("ab") as output:
+            process = subprocess.Popen(
+                [SCRIPT, "pretrain", *TINY[:-1], *ENDLESS, *arguments],
+                cwd=tmp_path,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=heed_interrupts,
+            )
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:  # what a failed test left
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def wait_for_step(run: Path, step: int) -> None:
@@ -146,13 +165,13 @@ def wait_until_gone(run_dir: Path) -> list[str]:
 
 @pytest.mark.parametrize("grid", [pytest.param("single", marks=pytest.mark.slow), "tp2"])
 def test_sigterm_saves_exits_143_and_resumes_bit_for_bit(
-    hydratron, tmp_path: Path, grid: str
+    hydratron, start, tmp_path: Path, grid: str
 ) -> None:
     dropout = ["model.hidden_dropout=0.1", "model.attention_dropout=0.1"]
     # a schedule that does not depend on the run's length, which differs between the two runs
     schedule = ["optimizer.schedule=constant", "optimizer.warmup_steps=2"]
     settings = [f"parallel={grid}", *dropout, *schedule]
-    process = start(tmp_path, *settings)
+    process = start(*settings)
     wait_for_step(tmp_path / "run", 3)
     os.kill(process.pid, signal.SIGTERM)
     assert process.wait(timeout=60) == 143, (tmp_path / "output.txt").read_text()
@@ -171,8 +190,8 @@ def test_sigterm_saves_exits_143_and_resumes_bit_for_bit(
     assert metrics(tmp_path / "run")[keys].equals(metrics(tmp_path / "whole")[keys])
 
 
-def test_interrupt_leaves_no_process_behind(tmp_path: Path) -> None:
-    process = start(tmp_path, "parallel=tp2")
+def test_interrupt_leaves_no_process_behind(start, tmp_path: Path) -> None:
+    process = start("parallel=tp2")
     wait_for_step(tmp_path / "run", 2)
     os.killpg(process.pid, signal.SIGINT)
     process.wait(timeout=60)
@@ -181,8 +200,8 @@ def test_interrupt_leaves_no_process_behind(tmp_path: Path) -> None:
     assert result(tmp_path / "run")["status"] == "failed"
 
 
-def test_a_killed_rank_ends_its_job_within_seconds(tmp_path: Path) -> None:
-    process = start(tmp_path, "parallel=tp2")
+def test_a_killed_rank_ends_its_job_within_seconds(start, tmp_path: Path) -> None:
+    process = start("parallel=tp2")
     wait_for_step(tmp_path / "run", 2)
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.plugins import MixedPrecision
 
@@ -13,6 +12,7 @@ from hydratron.parallel.placement import parameter_placements
 from hydratron.training.trainer import ParallelConfig, TrainerConfig
 from tests.distributed import run_distributed
 from tests.pretraining import Job
+from tests.training.overflow import Overflow
 
 
 class KeepBatches(Callback):
@@ -153,25 +153,6 @@ def test_model_checkpoint_keeps_the_better_checkpoint(tmp_path: Path) -> None:
         assert Path(result["best"]).name == "step=4.ckpt"
         assert result["decisions"] == [True, False, True, False]
     assert [path.name for path in (tmp_path / "best").iterdir()] == ["step=4.ckpt"]
-
-
-class Overflow(Callback):
-    """Puts an infinity into one gradient of one rank at one step."""
-
-    def __init__(self, rank: int, step: int) -> None:
-        self.rank, self.step = rank, step
-        self.scales: list[float] = []
-        self.weights: list[torch.Tensor] = []
-
-    def on_after_backward(self, trainer: Any, module: Any) -> None:
-        if dist.get_rank() == self.rank and trainer.global_step == self.step:
-            weight = module.network.encoder.transformer.layers[0].mlp.input.weight
-            weight.grad[0, 0] = float("inf")
-
-    def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
-        self.scales.append(trainer.strategy.precision_plugin.scaler.get_scale())
-        weight = module.network.encoder.transformer.layers[0].mlp.input.weight
-        self.weights.append(weight.detach().clone())
 
 
 def overflow_on_one_rank(rank: int, world_size: int, run_dir: Path) -> dict[str, Any]:

@@ -75,7 +75,10 @@ def global_optimizer_state(
     state: dict[str, Tensor] = {}
     for name, parameter in network.named_parameters():
         shard = shards.get(parameter, OptimizerShard(parameter, parameter, None))
-        for key, value in optimizer.state[shard.part].items():
+        entries = dict(optimizer.state[shard.part])
+        if shard.part.dtype != parameter.dtype:
+            entries["master"] = shard.part.detach()
+        for key, value in entries.items():
             if value.dim():
                 value = _global(value, placements[name].tp_dim, mesh, shard.dp_dim)
             state[f"{name}/{key}"] = value

@@ -54,7 +54,9 @@ def prepare(config: Mapping[str, Any]) -> PretrainJob:
             log_every=trainer.log_every,
             log_layer_norms=trainer.log_layer_norms,
             max_skipped_steps=trainer.max_skipped_steps,
+            dtype=trainer.parameter_dtype,
             compile=trainer.compile,
+            fp8=trainer.precision == "fp8",
         ),
         loggers=config["logger"],
     )

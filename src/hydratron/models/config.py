@@ -6,7 +6,7 @@ CHOICES = {
     "family": ("bert", "gpt2"),
     "layernorm": ("pre", "post"),
     "init": ("scaled", "plain"),
-    "recompute": ("none", "full"),
+    "recompute": ("none", "selective", "full"),
     "activation": ("gelu", "gelu_tanh"),
 }
 
@@ -18,7 +18,8 @@ class ModelConfig:
     `layernorm`: "post" is the original BERT (LayerNorm after the residual sum, figure 1(a) of the
     A100 article), "pre" the rearranged order of figure 1(b). `init`: "scaled" divides the standard
     deviation of the residual outputs by sqrt(2 num_layers), "plain" does not. `recompute`: which
-    activations are computed again in the backward pass.
+    activations are computed again in the backward pass: "full" keeps each layer's input alone,
+    "selective" also what matrix products, attention and collectives give.
 
     Raises:
         ValueError: a size or a choice that cannot be, by name and rule.

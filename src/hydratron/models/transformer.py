@@ -6,26 +6,69 @@ runs over the flattened tokens, no layout change is needed on either side.
 Letters: B batch, S sequence, T tokens (padded to a multiple of t), H hidden, N heads, D head dim.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from hydratron.models.config import ModelConfig
 from hydratron.parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
+    compute_dtype,
     local_size,
 )
 from hydratron.parallel.mappings import local_tokens
 from hydratron.parallel.mesh import ProcessGroup
 from hydratron.parallel.placement import mark_sequence_sharded
 
+# Fastest first on a Hopper GPU: with dropout, cuDNN's kernel takes 0.83 of the time of
+# FlashAttention 2 at [16, 15, 1024, 128], causal, and 0.93 at [32, 16, 512, 64].
+ATTENTION_KERNELS = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+_aten, _c10d = torch.ops.aten, torch.ops._c10d_functional
+# What selective recomputation keeps: what is slow to compute again for the memory it takes.
+KEPT_OPERATIONS = [
+    *(_aten.mm.default, _aten.addmm.default, _aten._scaled_mm.default),
+    _aten._scaled_dot_product_cudnn_attention.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    *(_c10d.reduce_scatter_tensor.default, _c10d.all_gather_into_tensor.default),
+    _c10d.wait_tensor.default,
+]
 
-def layer_norm(config: ModelConfig) -> nn.LayerNorm:
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm computed in float32 whose output, and so the residual stream, is autocast's type.
+
+    Half the bytes of what autocast itself returns; Megatron-LM keeps the residual stream so too.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return compute_dtype(super().forward(x))
+
+
+def layer_norm(config: ModelConfig) -> LayerNorm:
     """A LayerNorm over this rank's tokens."""
-    return mark_sequence_sharded(nn.LayerNorm(config.hidden_size, eps=config.layernorm_eps))
+    return mark_sequence_sharded(LayerNorm(config.hidden_size, eps=config.layernorm_eps))
+
+
+def attention_kernels(x: Tensor, key_mask: Tensor | None) -> AbstractContextManager[Any]:
+    """Prefer the fastest kernel where nothing is masked; torch's own order everywhere else."""
+    if x.is_cuda and key_mask is None:
+        return sdpa_kernel(ATTENTION_KERNELS, set_priority=True)
+    return nullcontext()
 
 
 class Attention(nn.Module):
@@ -49,14 +92,15 @@ class Attention(nn.Module):
         # [B, S, 3, N/t, D] -> 3 x [B, N/t, S, D]
         qkv = qkv.view(batch_size, seq_len, 3, self.num_local_heads, -1)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        context = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=key_mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=self.is_causal,
-        )
+        with attention_kernels(x, key_mask):
+            context = F.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=key_mask,
+                dropout_p=self.dropout if self.training else 0.0,
+                is_causal=self.is_causal,
+            )
         context = context.transpose(1, 2).flatten(0, 1).flatten(1)  # [B*S, H/t]
         return self.output(F.pad(context, (0, 0, 0, num_padding)) if num_padding else context)
 
@@ -139,7 +183,7 @@ class Transformer(nn.Module):
             if token_type_ids is None:
                 token_type_ids = torch.zeros_like(input_ids)
             x = x + self.token_type_embeddings(local_tokens(flat(token_type_ids), self.tp_group))
-        return x
+        return compute_dtype(x)
 
     def forward(
         self,
@@ -172,8 +216,15 @@ class Transformer(nn.Module):
             x = self.embedding_layernorm(x)
         x = self.dropout(x)
         for layer in self.layers:
-            if self.config.recompute == "full" and self.training:
-                x = checkpoint(layer, x, (batch_size, seq_len), key_mask, use_reentrant=False)
-            else:
-                x = layer(x, (batch_size, seq_len), key_mask)
+            x = self._run(layer, x, (batch_size, seq_len), key_mask)
         return x if self.final_layernorm is None else self.final_layernorm(x)
+
+    def _run(
+        self, layer: nn.Module, x: Tensor, shape: tuple[int, int], key_mask: Tensor | None
+    ) -> Tensor:
+        if self.config.recompute == "none" or not self.training:
+            return layer(x, shape, key_mask)
+        context = {}
+        if self.config.recompute == "selective":
+            context["context_fn"] = partial(create_selective_checkpoint_contexts, KEPT_OPERATIONS)
+        return checkpoint(layer, x, shape, key_mask, use_reentrant=False, **context)

@@ -3,6 +3,8 @@
 Shapes: T tokens (B x S flattened), H features, V vocabulary; `/t` split over the group.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -55,6 +57,7 @@ class ColumnParallelLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.group = group
+        self.linear: Callable[..., Tensor] = F.linear
         out_local = local_size(out_features, group, name="out_features")
         stack = (num_stacked,) if num_stacked > 1 else ()
         self.weight = nn.Parameter(torch.empty(*stack, out_local, in_features))
@@ -64,7 +67,7 @@ class ColumnParallelLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.group is not None:
             x = gather_into_tensor_parallel_region(compute_dtype(x), self.group)  # [T, in]
-        return F.linear(x, self.weight.flatten(0, -2), self.bias.flatten())
+        return self.linear(x, self.weight.flatten(0, -2), self.bias.flatten())
 
 
 class RowParallelLinear(nn.Module):
@@ -79,6 +82,7 @@ class RowParallelLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.group = group
+        self.linear: Callable[..., Tensor] = F.linear
         in_local = local_size(in_features, group, name="in_features")
         self.weight = nn.Parameter(torch.empty(out_features, in_local))
         self.bias = nn.Parameter(torch.empty(out_features))
@@ -86,8 +90,8 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.group is None:
-            return F.linear(x, self.weight, self.bias)
-        y = F.linear(x, self.weight)  # [T, out], a partial sum
+            return self.linear(x, self.weight, self.bias)
+        y = self.linear(x, self.weight)  # [T, out], a partial sum
         return reduce_scatter_from_tensor_parallel_region(y, self.group) + self.bias
 
 

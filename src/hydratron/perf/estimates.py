@@ -10,9 +10,9 @@ from typing import Any
 from hydratron.perf.flops import train_flops
 from hydratron.perf.hardware import GIB, Hardware
 from hydratron.perf.memory import Memory, StateMemory, state_memory, step_memory
+from hydratron.perf.recorder import Operator, StepTrace
 from hydratron.perf.roofline import StepTime, step_time
 from hydratron.perf.step import StepConfig, trace_step
-from hydratron.perf.recorder import Operator, StepTrace
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ import torch
 from hydratron.parallel.placement import parameter_placements
 from hydratron.parallel.zero import data_parallel_dim
 from hydratron.perf.kernels import live_bytes
-from hydratron.perf.step import StepConfig, build_network
 from hydratron.perf.recorder import StepTrace, pretended_mesh
+from hydratron.perf.step import StepConfig, build_network
 
 MOMENT_BYTES = 8  # AdamW's two moments in float32
 MASTER_BYTES = 4  # a float32 copy of a weight that is kept in bfloat16

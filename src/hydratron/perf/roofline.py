@@ -5,8 +5,8 @@ from dataclasses import dataclass, fields
 
 from hydratron.perf.hardware import Hardware, group_shape
 from hydratron.perf.kernels import Kernel, fuse
-from hydratron.perf.step import StepConfig
 from hydratron.perf.recorder import Operator, StepTrace
+from hydratron.perf.step import StepConfig
 
 BUCKET_BYTES = 25 * 2**20  # DDP's default
 TILES = ((256, 128), (128, 256), (128, 128), (64, 128))

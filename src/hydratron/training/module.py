@@ -11,6 +11,7 @@ import torch
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
+from hydratron.parallel.fp8 import use_fp8
 from hydratron.parallel.grad_norm import (
     clip_grad_norm,
     layer_gradient_norms,
@@ -72,6 +73,7 @@ class TrainingModule(LightningModule):
         max_skipped_steps: skipped non-finite steps after which the run stops.
         dtype: of the parameters.
         compile: compile the network's forward pass.
+        fp8: matrix products inside the Transformer in 8 bits.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class TrainingModule(LightningModule):
         max_skipped_steps: int = 10,
         dtype: torch.dtype = torch.float32,
         compile: bool = False,
+        fp8: bool = False,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -95,7 +98,7 @@ class TrainingModule(LightningModule):
         self.micro_batch_size, self.log_every = micro_batch_size, log_every
         self.log_layer_norms = log_layer_norms
         self.max_skipped_steps = max_skipped_steps
-        self.parameter_dtype, self.compile_network = dtype, compile
+        self.parameter_dtype, self.compile_network, self.fp8 = dtype, compile, fp8
         self.last_metrics: dict[str, float] = {}
         self.validated_step = -1
         self.network: Any = None
@@ -120,6 +123,8 @@ class TrainingModule(LightningModule):
         network = self.objective.build_network(
             self.mesh, seed=self.seed, device=device, dtype=self.parameter_dtype
         )
+        if self.fp8:
+            use_fp8(network)
         if self.compile_network:
             network.compile()
         self.network = network
@@ -144,13 +149,15 @@ class TrainingModule(LightningModule):
             total = all_reduce(total, "sum", self.mesh.dp_group)
         return dict(zip(counts, total.clamp(min=1).unbind(), strict=True))
 
+    def micro_batches(self, batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        """Cut a rank's share of the global batch into what one forward pass takes."""
+        parts = zip(*(x.split(self.micro_batch_size) for x in batch.values()), strict=True)
+        return [dict(zip(batch, part, strict=True)) for part in parts]
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Forward and backward over the micro-batches, then one optimizer step."""
         counts = self._counts(batch)
-        micro_batches = [
-            dict(zip(batch, parts, strict=True))
-            for parts in zip(*(x.split(self.micro_batch_size) for x in batch.values()), strict=True)
-        ]
+        micro_batches = self.micro_batches(batch)
         totals: dict[str, Tensor] = {}
         for micro_batch in micro_batches[:-1]:
             with self.strategy.block_backward_sync():

@@ -103,6 +103,7 @@ def build_optimizer(
     """Return fused AdamW over two parameter groups and its schedule.
 
     Fused, because it skips a step on the device when `found_inf` says so: nothing has to wait.
+    Parameters of 16 bits get float32 master weights.
     """
     named = [(n, p) for n, p in network.named_parameters() if p.requires_grad]
     groups = [
@@ -115,10 +116,12 @@ def build_optimizer(
         "eps": config.eps,
         "fused": True,
     }
-    if config.shard and dp_group is not None:
+    has_masters = any(parameter.dtype.itemsize < 4 for _, parameter in named)
+    shard_over = dp_group if config.shard else None
+    if has_masters or shard_over is not None:
         by_name = parameter_placements(network)
         placements = {parameter: by_name[name] for name, parameter in named}
-        optimizer = ShardedAdamW(groups, placements=placements, dp_group=dp_group, **settings)
+        optimizer = ShardedAdamW(groups, placements=placements, dp_group=shard_over, **settings)
     else:
         optimizer = AdamW(groups, **settings)
     return optimizer, LambdaLR(optimizer, learning_rate_factor(config, max_steps=max_steps))

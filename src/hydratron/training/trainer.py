@@ -4,7 +4,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.callbacks import RichProgressBar
 from pytorch_lightning.loggers import Logger
@@ -13,7 +15,8 @@ from pytorch_lightning.plugins.environments import ClusterEnvironment
 from hydratron.training.callbacks import ProgressLines, StepCheckpoint, StopOnRequest
 from hydratron.training.strategy import TensorParallelStrategy
 
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+# bf16-true and fp8: weights of 16 bits with float32 masters, so Lightning has nothing to do
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "fp8")
 CHECKPOINTS = "checkpoints"
 
 
@@ -74,6 +77,16 @@ class TrainerConfig:
             if getattr(self, key) < 1:
                 raise ValueError(f"trainer.{key} {getattr(self, key)} is not positive")
 
+    @property
+    def parameter_dtype(self) -> torch.dtype:
+        """The type of the weights that the network computes with."""
+        return torch.bfloat16 if self.precision in ("bf16-true", "fp8") else torch.float32
+
+    @property
+    def autocast_precision(self) -> Any:
+        """What Lightning is told: it keeps out of weights that are bf16 already."""
+        return self.precision if self.precision.endswith("mixed") else "32-true"
+
     def local_devices(self, world_size: int) -> int:
         """Return the processes of one node.
 
@@ -97,10 +110,15 @@ def build_trainer(
     loggers: Sequence[Logger],
     environment: ClusterEnvironment,
     callbacks: Sequence[Callback] = (),
+    steps_only: bool = False,
 ) -> Trainer:
-    """Return a Trainer whose processes exist already (`environment` knows them)."""
+    """Return a Trainer whose processes exist already (`environment` knows them).
+
+    With `steps_only` it neither validates nor saves.
+    """
     is_terminal = sys.stdout.isatty()
     lines = ProgressLines(max_steps=config.max_steps, every=config.log_every)
+    saving = [StepCheckpoint(run_dir / CHECKPOINTS, every=config.checkpoint_every)]
     return Trainer(
         accelerator=config.accelerator,
         devices=config.local_devices(parallel.world_size),
@@ -110,20 +128,21 @@ def build_trainer(
             data_parallel_size=parallel.data_parallel_size,
             save_in_background=config.async_checkpoints,
         ),
-        precision=config.precision,  # pyright: ignore[reportArgumentType]
+        precision=config.autocast_precision,
         plugins=[environment],
         logger=list(loggers),
         callbacks=[
             *callbacks,
             RichProgressBar() if is_terminal else lines,
             StopOnRequest(),
-            StepCheckpoint(run_dir / CHECKPOINTS, every=config.checkpoint_every),
+            *([] if steps_only else saving),
         ],
         max_steps=config.max_steps,
         max_epochs=-1,
         val_check_interval=config.val_every or None,
         check_val_every_n_epoch=None if config.val_every else 1,
         num_sanity_val_steps=0,
+        limit_val_batches=0 if steps_only else None,
         use_distributed_sampler=False,
         enable_checkpointing=True,
         enable_progress_bar=is_terminal,

@@ -1,0 +1,74 @@
+"""Matrix products in 8-bit floats with one dynamic scale a tensor (Micikevicius et al. 2022).
+
+Forward operands are e4m3; the incoming gradient is e5m2, whose range is larger. Sums are float32,
+results have the input's dtype. Letters: T tokens, I input features, O output features.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hydratron.parallel.layers import ColumnParallelLinear, RowParallelLinear, compute_dtype
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+# The kernels take only sizes that divide by this.
+MULTIPLE = 16
+
+
+def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return `x` scaled into the range of `dtype`, and the float32 factor that undoes the scale."""
+    largest = torch.finfo(dtype).max
+    factor = x.abs().amax().float().clamp(min=1e-12) / largest
+    return (x.float() / factor).clamp(-largest, largest).to(dtype), factor
+
+
+def multiply(
+    a: Tensor, b: Tensor, factors: tuple[Tensor, Tensor], *, dtype: torch.dtype, fast: bool = False
+) -> Tensor:
+    """Return a @ b^T for quantised a [M, K] and b [N, K]; `fast` sums with fewer bits."""
+    return torch._scaled_mm(
+        a, b.t(), scale_a=factors[0], scale_b=factors[1], out_dtype=dtype, use_fast_accum=fast
+    )
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        x8, x_factor = quantise(x, E4M3)
+        w8, w_factor = quantise(weight, E4M3)
+        ctx.save_for_backward(x8, x_factor, w8, w_factor)
+        ctx.weight_dtype = weight.dtype
+        return multiply(x8, w8, (x_factor, w_factor), dtype=x.dtype, fast=True)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        x8, x_factor, w8, w_factor = ctx.saved_tensors
+        dtype = gradients[0].dtype
+        g8, g_factor = quantise(gradients[0], E5M2)
+        # both products sum over the rows of a stored tensor: its transpose is written out
+        x_gradient = multiply(g8, w8.t().contiguous(), (g_factor, w_factor), dtype=dtype)
+        w_gradient = multiply(
+            g8.t().contiguous(), x8.t().contiguous(), (g_factor, x_factor), dtype=dtype
+        )
+        return x_gradient, w_gradient.to(ctx.weight_dtype)
+
+
+def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [T, I] times weight [O, I] transposed, in 8 bits; the bias is added in x's dtype.
+
+    Raises:
+        ValueError: T, I or O does not divide by 16.
+    """
+    for name, size in (("tokens", x.size(0)), ("in", weight.size(1)), ("out", weight.size(0))):
+        if size % MULTIPLE:
+            raise ValueError(f"fp8: {name} {size} is not divisible by {MULTIPLE}")
+    y = _Linear.apply(compute_dtype(x), weight)
+    return y if bias is None else y + bias.to(y.dtype)  # type: ignore[union-attr,return-value]
+
+
+def use_fp8(network: nn.Module) -> None:
+    """Let the linear layers inside the Transformer multiply in 8 bits; heads stay as they are."""
+    for module in network.modules():
+        if isinstance(module, ColumnParallelLinear | RowParallelLinear):
+            module.linear = fp8_linear
