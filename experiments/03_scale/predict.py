@@ -52,11 +52,12 @@ def step_of(row: dict[str, str]) -> StepConfig:
 
 def main() -> None:
     """Write a row of figures for each configuration."""
-    estimator = Estimator(Hardware(**read("hardware", "h200")))
+    estimator = Estimator()
+    hardware = Hardware(**read("hardware", "h200"))
     with (HERE / "configurations.csv").open() as file:
         rows = list(csv.DictReader(file))
     for row in rows:
-        made = estimator.estimate(step_of(row))
+        made = estimator.estimate(step_of(row), hardware)
         row["predicted_step_ms"] = f"{made.time.total * 1e3:.1f}"
         row["predicted_peak_memory_gib"] = f"{made.peak_bytes / GIB:.2f}"
         row["predicted_tflops_per_gpu"] = f"{made.tflops_per_gpu:.0f}"

@@ -10,9 +10,9 @@ from typing import Any
 from hydratron.perf.flops import train_flops
 from hydratron.perf.hardware import GIB, Hardware
 from hydratron.perf.memory import Memory, StateMemory, state_memory, step_memory
-from hydratron.perf.recorder import Operator, StepTrace
+from hydratron.perf.recorder import Operator, StepTrace, StepTraces
 from hydratron.perf.roofline import StepTime, step_time
-from hydratron.perf.step import StepConfig, trace_step
+from hydratron.perf.step import StepConfig, trace_passes, trace_update
 
 
 @dataclass(frozen=True)
@@ -78,41 +78,55 @@ def at_batch(one: StepTrace, two: StepTrace, batch: int) -> StepTrace:
 
 
 class Estimator:
-    """Estimates configurations of one cluster; keeps the traces it made."""
+    """Estimates configurations on any cluster; keeps the traces it made."""
 
-    def __init__(self, hardware: Hardware) -> None:
-        self.hardware = hardware
-        self._traces: dict[tuple[StepConfig, int], StepTrace] = {}
+    def __init__(self) -> None:
+        self._passes: dict[tuple[StepConfig, int], StepTrace] = {}
+        self._updates: dict[tuple[StepConfig, int], StepTrace] = {}
         self._states: dict[StepConfig, StateMemory] = {}
 
-    def _trace(self, config: StepConfig, num_layers: int) -> StepTrace:
-        key = (config, num_layers)
-        if key not in self._traces:
-            self._traces[key] = trace_step(config, num_layers)
-        return self._traces[key]
+    def _pass(self, config: StepConfig, micro_batch_size: int, num_layers: int) -> StepTrace:
+        # a group's size is in no trace: two replicas stand for any number
+        same = {"num_micro_batches": 1, "shard_optimizer": False}
+        size = min(config.data_parallel_size, 2)
+        key = replace(config, micro_batch_size=micro_batch_size, data_parallel_size=size, **same)
+        if (key, num_layers) not in self._passes:
+            self._passes[key, num_layers] = trace_passes(key, num_layers)
+        return self._passes[key, num_layers]
 
-    def _traces_of(self, config: StepConfig) -> list[StepTrace]:
-        """The traces with one and with two layers."""
-        key = replace(config, num_micro_batches=1)
-        ones, twos = (replace(key, micro_batch_size=size) for size in (1, 2))
-        return [
-            at_batch(self._trace(ones, n), self._trace(twos, n), config.micro_batch_size)
-            for n in (1, 2)
-        ]
+    def _update(self, config: StepConfig, num_layers: int) -> StepTrace:
+        key = _layout(config)
+        if (key, num_layers) not in self._updates:
+            self._updates[key, num_layers] = trace_update(key, num_layers)
+        return self._updates[key, num_layers]
 
-    def _state(self, config: StepConfig) -> StateMemory:
-        model = replace(config.model, recompute="none")
-        key = replace(config, model=model, micro_batch_size=1, num_micro_batches=1)
+    def traces(self, config: StepConfig) -> StepTraces:
+        """Return the traces of a step, its passes from those of small micro-batches."""
+        batch = config.micro_batch_size
+        first, second = (
+            at_batch(self._pass(config, 1, n), self._pass(config, 2, n), batch) for n in (1, 2)
+        )
+        return StepTraces((first, second), (self._update(config, 1), self._update(config, 2)))
+
+    def state(self, config: StepConfig) -> StateMemory:
+        """Return what a rank keeps all the time."""
+        key = _layout(config)
         if key not in self._states:
             self._states[key] = state_memory(key)
         return self._states[key]
 
-    def estimate(self, config: StepConfig) -> Estimate:
-        """Return memory and time of a configuration."""
-        one, two = self._traces_of(config)
+    def estimate(self, config: StepConfig, hardware: Hardware) -> Estimate:
+        """Return memory and time of a configuration on a cluster."""
+        traces = self.traces(config)
         return Estimate(
             config,
-            self.hardware,
-            step_time(config, self.hardware, one, two),
-            step_memory(config, self._state(config), one, two),
+            hardware,
+            step_time(config, hardware, traces),
+            step_memory(config, self.state(config), traces),
         )
+
+
+def _layout(config: StepConfig) -> StepConfig:
+    """What parameters and optimizer depend on: nothing of the batch or of recomputation."""
+    model = replace(config.model, recompute="none")
+    return replace(config, model=model, micro_batch_size=1, num_micro_batches=1)

@@ -5,6 +5,7 @@ a fused kernel. What only one fused kernel sees never reaches memory, so the byt
 those of the tensors at its border.
 """
 
+from bisect import bisect_left
 from dataclasses import dataclass, field, replace
 
 from hydratron.perf.recorder import Operator, StepTrace
@@ -50,9 +51,37 @@ def group_operators(trace: StepTrace, *, compiled: bool) -> list[list[int]]:
     return groups
 
 
-def rematerialised(trace: StepTrace) -> list[Operator]:
-    """Return the operators as torch.compile's partitioner has them: the backward pass makes again
-    what one smaller tensor determines.
+def without_dead_code(trace: StepTrace) -> StepTrace:
+    """Return the trace without operators whose results nobody needs.
+
+    Eager recomputation runs a layer to its end; a compiled backward pass has only what it needs, so
+    that a layer's last product and reduce-scatter are not computed again. A dropout mask comes from
+    the generator: where it alone is needed, the activations are not.
+    """
+    needed = set(trace.gradients) | trace.existing
+    loss = max((i for i, op in enumerate(trace.operators) if op.phase == "forward"), default=-1)
+    kept: list[tuple[int, Operator]] = []
+    for index in reversed(range(len(trace.operators))):
+        operator = trace.operators[index]
+        if index != loss and not needed & operator.writes.keys():
+            continue
+        if operator.name == "native_dropout" and next(iter(operator.writes)) not in needed:
+            operator = replace(operator, reads={})
+        needed |= operator.reads.keys()
+        kept.append((index, operator))
+    kept.reverse()
+    indices = [index for index, _ in kept]
+    return replace(
+        trace,
+        operators=[operator for _, operator in kept],
+        top_layer_done=bisect_left(indices, trace.top_layer_done),
+        bottom_layer_started=bisect_left(indices, trace.bottom_layer_started),
+    )
+
+
+def rematerialised(trace: StepTrace) -> StepTrace:
+    """Return the trace as torch.compile's partitioner has it: the backward pass makes again what
+    one smaller tensor determines.
 
     A tensor of elementwise work, read in the backward pass by elementwise work alone, is replaced
     there by the one big tensor that it was made of, where that is smaller: the float32
@@ -73,18 +102,22 @@ def rematerialised(trace: StepTrace) -> list[Operator]:
     backward = [op for op in trace.operators if op.phase == "backward"]
     kept = {s for op in backward if op.kind != "elementwise" for s in op.reads}
     smaller = {s: o for s, o in origin.items() if s not in kept and size[o] < size[s]}
-    return [
+    operators = [
         replace(op, reads={smaller.get(s, s): min(n, size[smaller.get(s, s)])
                            for s, n in op.reads.items()})
         if op.phase == "backward" else op
         for op in trace.operators
     ]  # fmt: skip
+    return replace(trace, operators=operators)
+
+
+def as_compiled(trace: StepTrace) -> StepTrace:
+    """Return the trace of the same step under torch.compile."""
+    return rematerialised(without_dead_code(trace))
 
 
 def fuse(trace: StepTrace, *, compiled: bool) -> list[Kernel]:
-    """Return the kernels of a trace with what each moves."""
-    if compiled:
-        trace = replace(trace, operators=rematerialised(trace))
+    """Return the kernels of a trace (one of `as_compiled` with `compiled`) with what each moves."""
     groups = group_operators(trace, compiled=compiled)
     group_of = {index: number for number, group in enumerate(groups) for index in group}
     produced: dict[int, int] = {}

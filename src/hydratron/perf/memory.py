@@ -6,12 +6,12 @@ import torch
 
 from hydratron.parallel.placement import parameter_placements
 from hydratron.parallel.zero import data_parallel_dim
-from hydratron.perf.kernels import live_bytes
-from hydratron.perf.recorder import StepTrace, pretended_mesh
+from hydratron.perf.kernels import as_compiled, live_bytes
+from hydratron.perf.recorder import StepTrace, StepTraces, pretended_mesh
 from hydratron.perf.step import StepConfig, build_network
 
 MOMENT_BYTES = 8  # AdamW's two moments in float32
-MASTER_BYTES = 4  # a float32 copy of a weight that is kept in bfloat16
+PART_BYTES = 4  # what `ShardedAdamW` updates: a share of the weights, a master weight, or both
 
 
 @dataclass(frozen=True)
@@ -52,50 +52,46 @@ class Memory:
 def state_memory(config: StepConfig) -> StateMemory:
     """Count what one rank keeps, from the whole network built for that rank on the meta device.
 
-    With a sharded optimizer the moments (and master weights) of a parameter are 1/dp of it along
-    the dimension that `ShardedAdamW` splits, and a copy of the part is kept beside the weights.
+    With a sharded optimizer moments and updated parts are 1/dp of a parameter along the dimension
+    that `ShardedAdamW` splits. Weights of 16 bits have float32 parts, sharded or not.
     """
     size = config.data_parallel_size
     with pretended_mesh(config.tensor_parallel_size, 1) as mesh, torch.device("meta"):
         network = build_network(config, mesh.tp_group, config.model.num_layers)
         placements = parameter_placements(network)
     element = config.parameter_dtype.itemsize
-    state_bytes = MOMENT_BYTES + (MASTER_BYTES if element == 2 else 0)
     is_sharded = config.shard_optimizer and size > 1
     numel = optimizer = 0
     for name, parameter in network.named_parameters():
         numel += parameter.numel()
         dim = data_parallel_dim(parameter.shape, placements[name].tp_dim, size)
-        if is_sharded and dim is not None:
-            optimizer += parameter.numel() // size * (state_bytes + element)
-        else:
-            optimizer += parameter.numel() * state_bytes
+        share = size if is_sharded and dim is not None else 1
+        is_apart = share > 1 or element < PART_BYTES
+        state_bytes = MOMENT_BYTES + (PART_BYTES if is_apart else 0)
+        optimizer += parameter.numel() // share * state_bytes
     return StateMemory(numel, numel * element, numel * element, optimizer)
 
 
-def _peaks(trace: StepTrace, *, compiled: bool) -> tuple[int, int, int]:
-    """Return the worst of a trace before its top layer is done, from its bottom layer on, and in
-    the optimizer step, in bytes.
+def _peaks(trace: StepTrace, *, compiled: bool) -> tuple[int, int]:
+    """Return the worst of a trace's passes before its top layer is done and from its bottom layer
+    on, in bytes.
     """
+    if compiled:
+        trace = as_compiled(trace)
     curve = live_bytes(trace, compiled=compiled)
-    end = next(i for i, op in enumerate(trace.operators) if op.phase == "optimizer")
-    # DDP's buckets are there before the step
-    made = sum(size for s, size in trace.gradients.items() if s not in trace.existing)
-    update = max(curve[end:]) - made
-    return max(curve[: trace.top_layer_done]), max(curve[trace.bottom_layer_started : end]), update
+    return max(curve[: trace.top_layer_done]), max(curve[trace.bottom_layer_started :])
 
 
-def step_memory(config: StepConfig, state: StateMemory, one: StepTrace, two: StepTrace) -> Memory:
+def step_memory(config: StepConfig, state: StateMemory, traces: StepTraces) -> Memory:
     """Account a step from its traces with one and with two layers."""
-    pairs = zip(
-        _peaks(one, compiled=config.compiled), _peaks(two, compiled=config.compiled), strict=True
-    )
     further = config.model.num_layers - 1
-    activations, backward, update = (a + further * (b - a) for a, b in pairs)
+    one, two = (_peaks(trace, compiled=config.compiled) for trace in traces.passes)
+    activations, backward = (a + further * (b - a) for a, b in zip(one, two, strict=True))
+    first, second = (max(live_bytes(trace, compiled=False)) for trace in traces.update)
     return Memory(
         state=state,
         gradients_stay=config.data_parallel_size > 1 or config.num_micro_batches > 1,
         activations=activations,
         backward=backward,
-        update=update,
+        update=first + further * (second - first),
     )

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from hydratron.parallel.mesh import ParallelMesh, build_mesh
 
+_ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
 _LOOKUPS = ("embedding", "gather", "index_select", "index")
 _SCATTERS = ("scatter_add", "embedding_dense_backward", "index_put")  # sums that do not fuse
@@ -95,10 +96,10 @@ class Operator:
 class StepTrace:
     """The operators of a step in order, and what the memory accounting asks about storages.
 
-    `existing` storages were there before the step. `gradients` gives the bytes of each storage that
-    holds gradients. `top_layer_done` and `bottom_layer_started` count the operators that ran before
-    two moments of the backward pass: the last layer's gradients are complete, the first layer's
-    begin.
+    `existing` storages were there before the step, DDP's buckets too. `gradients` gives the bytes
+    of each storage that holds gradients to the end; with DDP there are none, buckets do.
+    `top_layer_done` and `bottom_layer_started` count the operators that ran before two moments of
+    the backward pass: the last layer's gradients are complete, the first layer's begin.
     """
 
     operators: list[Operator] = field(default_factory=list)
@@ -113,13 +114,26 @@ class StepTrace:
         return [op for op in found if axis in (None, op.axis)]
 
 
+@dataclass(frozen=True)
+class StepTraces:
+    """A step's forward and backward pass, and its update, with one layer and with two."""
+
+    passes: tuple[StepTrace, StepTrace]
+    update: tuple[StepTrace, StepTrace]
+
+
 class Recorder(TorchDispatchMode):
     """Writes down each operator that runs below autograd."""
 
-    def __init__(self, mesh: ParallelMesh) -> None:
+    def __init__(self, mesh: ParallelMesh, *, repeated_tokens: int = 0) -> None:
+        """`repeated_tokens`: tensors of that many rows count as if every tensor-parallel peer held
+        all tokens, as without sequence parallelism.
+        """
         super().__init__()
         self.trace = StepTrace()
+        self._repeated_tokens, self._repeats = repeated_tokens, mesh.tensor_parallel_size
         self.phase = "forward"
+        self.is_masked = False  # of attention, which the traced kernel does not say
         self._alive: list[Any] = []  # a freed storage's address would name another one
         self._ids: dict[int, int] = {}
         self._made: set[int] = set()  # by the step
@@ -143,7 +157,9 @@ class Recorder(TorchDispatchMode):
         found: dict[int, int] = {}
         for tensor in tensors:
             key, size = self.storage(tensor), tensor.numel() * tensor.element_size()
-            found[key] = min(found.get(key, 0) + size, tensor.untyped_storage().nbytes())
+            size = min(found.get(key, 0) + size, tensor.untyped_storage().nbytes())
+            is_repeated = self._repeated_tokens and tensor.shape[:1] == (self._repeated_tokens,)
+            found[key] = size * self._repeats if is_repeated else size
         return found
 
     def add(
@@ -172,10 +188,15 @@ class Recorder(TorchDispatchMode):
             self._alive.append(outputs[0].untyped_storage())
         elif space in ("_c10d_functional", "c10d"):
             self._add_collective(name, args, inputs, outputs)
+        elif name.startswith(_ATTENTION):
+            self._add_attention(name, args, kwargs, inputs, outputs)
         elif space == "aten" and name in _PRODUCTS:
             self._add_product(name, inputs, outputs)
+        elif name.startswith(("empty", "new_empty")):
+            self._made |= {self.storage(t) for t in outputs}
         elif func._schema.is_mutable or not self._is_view(inputs, outputs):
             mutated = _mutated(func, args, kwargs)
+            self.trace.existing |= {s for t in mutated if (s := self.storage(t)) not in self._made}
             if name in _OVERWRITES:
                 inputs = [t for t in inputs if not any(t is m for m in mutated)]
             self._add_elementwise(name, inputs, [*outputs, *mutated])
@@ -186,9 +207,6 @@ class Recorder(TorchDispatchMode):
         return all(self.storage(t) in known for t in outputs)
 
     def _add_elementwise(self, name: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
-        if name.startswith(("empty", "new_empty")):
-            self._made |= {self.storage(t) for t in outputs}
-            return
         if self.phase == "optimizer" and name.startswith("zeros"):  # moments, made once
             self.trace.existing |= {self.storage(t) for t in outputs}
             return
@@ -206,6 +224,26 @@ class Recorder(TorchDispatchMode):
             name, "product", inputs, outputs, shape=(batch, m, n, k), flops=2 * batch * m * n * k
         )
 
+    def _add_attention(
+        self,
+        name: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        inputs: list[Tensor],
+        outputs: list[Tensor],
+    ) -> None:
+        is_backward = name.endswith("backward")
+        query = args[1] if is_backward else args[0]
+        batch_size, num_heads, seq_len, head_dim = query.shape
+        forward_flops = 4 * batch_size * num_heads * seq_len * seq_len * head_dim
+        # backward, five products instead of two: the scores are computed again
+        self.add(
+            name, "attention", inputs, outputs,
+            flops=5 * forward_flops // 2 if is_backward else forward_flops,
+            is_halved=any(flag is True for flag in (*args, *kwargs.values())),
+            is_masked=self.is_masked,
+        )  # fmt: skip
+
     def _add_collective(
         self, name: str, args: tuple[Any, ...], inputs: list[Tensor], outputs: list[Tensor]
     ) -> None:
@@ -217,42 +255,17 @@ class Recorder(TorchDispatchMode):
         )
 
 
-class _Attention(torch.autograd.Function):
-    """A fused attention kernel's shapes and traffic: saves query, key, value, output and the
-    logarithms of the softmax's denominators, computes nothing.
+def _materialised_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, dropout_p: float, **_mask: Any
+) -> Tensor:
+    """Attention whose S x S scores go through memory, as before fused kernels; the mask is part of
+    the softmax.
     """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        recorder: Recorder,
-        facts: dict[str, Any],
-    ) -> Tensor:
-        batch_size, num_heads, seq_len, head_dim = query.shape
-        out = query.new_empty(batch_size, seq_len, num_heads, head_dim).transpose(1, 2)
-        log_sums = query.new_empty(batch_size, num_heads, seq_len, dtype=torch.float32)
-        ctx.flops = 4 * batch_size * num_heads * seq_len * seq_len * head_dim
-        ctx.recorder, ctx.facts = recorder, facts
-        recorder.add(
-            "attention", "attention", [query, key, value], [out, log_sums], flops=ctx.flops, **facts
-        )
-        ctx.save_for_backward(query, key, value, out, log_sums)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        shape = saved[0].transpose(1, 2).shape  # [B, S, N, D]
-        parts = [saved[0].new_empty(shape).transpose(1, 2) for _ in range(3)]
-        # five products instead of two: the scores are computed again
-        ctx.recorder.add(
-            "attention_backward", "attention", [*saved, gradients[0]], parts,
-            flops=5 * ctx.flops // 2, **ctx.facts,
-        )  # fmt: skip
-        return (*parts, None, None)
+    scores = query @ key.transpose(-2, -1)  # [B, N, S, S]
+    weights = torch.softmax(scores * query.size(-1) ** -0.5, dim=-1)
+    if dropout_p:
+        weights = torch.native_dropout(weights, dropout_p, True)[0]
+    return weights @ value
 
 
 class DeviceKernels(TorchFunctionMode):
@@ -260,9 +273,9 @@ class DeviceKernels(TorchFunctionMode):
     CPU, which takes both apart.
     """
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, recorder: Recorder, *, fused_attention: bool) -> None:
         super().__init__()
-        self.recorder = recorder
+        self.recorder, self.fused_attention = recorder, fused_attention
 
     def __torch_function__(
         self,
@@ -277,8 +290,11 @@ class DeviceKernels(TorchFunctionMode):
             return torch.native_dropout(args[0], rate, training)[0] if rate else args[0]
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
-        facts = {
-            "is_halved": bool(kwargs.get("is_causal")),
-            "is_masked": kwargs.get("attn_mask") is not None,
-        }
-        return _Attention.apply(*args[:3], self.recorder, facts)
+        if not self.fused_attention:
+            return _materialised_attention(*args[:3], **kwargs)
+        is_causal, mask = bool(kwargs.get("is_causal")), kwargs.get("attn_mask")
+        self.recorder.is_masked = mask is not None
+        # in shapes and in what it saves the CPU's fused kernel is the GPU's; it has no dropout
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *args[:3], 0.0, is_causal
+        )[0]

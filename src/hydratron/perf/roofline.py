@@ -4,11 +4,10 @@ import math
 from dataclasses import dataclass, fields
 
 from hydratron.perf.hardware import Hardware, group_shape
-from hydratron.perf.kernels import Kernel, fuse
-from hydratron.perf.recorder import Operator, StepTrace
+from hydratron.perf.kernels import Kernel, as_compiled, fuse
+from hydratron.perf.recorder import Operator, StepTrace, StepTraces
 from hydratron.perf.step import StepConfig
 
-BUCKET_BYTES = 25 * 2**20  # DDP's default
 TILES = ((256, 128), (128, 256), (128, 128), (64, 128))
 TILE_RATES = (1.0, 1.0, 0.92, 0.7)  # a smaller tile reads more for each product
 DEPTH_OVERHEAD = 128  # start and end of a tile's sum, in units of k
@@ -86,25 +85,24 @@ def _kernel_seconds(kernel: Kernel, config: StepConfig, hardware: Hardware) -> f
 
 
 def collective_seconds(operator: Operator, config: StepConfig, hardware: Hardware) -> float:
-    """Return the time of a traced collective on this cluster, DDP's in its buckets."""
+    """Return the time of a traced collective on this cluster."""
     group = group_shape(
         hardware,
         operator.axis,
         tensor_parallel_size=config.tensor_parallel_size,
         data_parallel_size=config.data_parallel_size,
     )
-    if operator.name != "ddp_bucket":
-        return hardware.collective_seconds(operator.collective, operator.num_bytes, group)
-    count = math.ceil(operator.num_bytes / BUCKET_BYTES)
-    return count * hardware.collective_seconds("all_reduce", operator.num_bytes / count, group)
+    return hardware.collective_seconds(operator.collective, operator.num_bytes, group)
 
 
 def trace_seconds(trace: StepTrace, config: StepConfig, hardware: Hardware) -> dict[str, float]:
-    """Return the seconds of one micro-batch and of the update, by phase and cause.
+    """Return the seconds of a trace's kernels by phase and cause.
 
     Keys are `forward/product`, `backward/tp`, `optimizer/elementwise` and so on.
     """
     seconds: dict[str, float] = {}
+    if config.compiled:
+        trace = as_compiled(trace)
     for kernel in fuse(trace, compiled=config.compiled):
         operator = kernel.first
         if operator.kind == "collective":
@@ -141,12 +139,12 @@ def compose_step(seconds: dict[str, float], config: StepConfig, hardware: Hardwa
     )
 
 
-def step_time(config: StepConfig, hardware: Hardware, one: StepTrace, two: StepTrace) -> StepTime:
+def step_time(config: StepConfig, hardware: Hardware, traces: StepTraces) -> StepTime:
     """Time a step from its traces with one and with two layers."""
-    first, second = (trace_seconds(trace, config, hardware) for trace in (one, two))
     further = config.model.num_layers - 1
-    seconds = {
-        key: first.get(key, 0.0) + further * (value - first.get(key, 0.0))
-        for key, value in second.items()
-    }
+    seconds: dict[str, float] = {}
+    for pair in (traces.passes, traces.update):
+        first, second = (trace_seconds(trace, config, hardware) for trace in pair)
+        for key, value in second.items():
+            seconds[key] = first.get(key, 0.0) + further * (value - first.get(key, 0.0))
     return compose_step(seconds, config, hardware)
