@@ -84,14 +84,21 @@ def rates(
     """Add to step times what follows from them: tokens and FLOPs per second, share of peak."""
     data, seconds = job.data, times["step_ms"] / 1e3
     per_gpu = data.config.global_batch_size / seconds / world_size / 1e12
-    sizes = {"seq_len": data.config.seq_len, "num_predictions": data.num_predictions}
     model = job.module.model_config
+
+    def flops(*, with_recomputation: bool) -> int:
+        return train_flops(
+            model,
+            seq_len=data.config.seq_len,
+            num_predictions=data.num_predictions,
+            with_recomputation=with_recomputation,
+        )
+
     found = dict(times) | {
         "tokens_per_second": data.config.global_batch_size * data.config.seq_len / seconds,
         "sequences_per_second": data.config.global_batch_size / seconds,
-        "tflops_per_gpu": per_gpu * train_flops(model, **sizes),
-        "tflops_per_gpu_with_recomputation": per_gpu
-        * train_flops(model, **sizes, with_recomputation=True),
+        "tflops_per_gpu": per_gpu * flops(with_recomputation=False),
+        "tflops_per_gpu_with_recomputation": per_gpu * flops(with_recomputation=True),
     }
     peak = peak_tflops(device_name)
     if peak is not None:

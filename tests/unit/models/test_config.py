@@ -22,7 +22,7 @@ VALID: dict[str, Any] = {
         ({"family": "t5"}, r"model\.family 't5' is not one of bert, gpt2"),
         ({"layernorm": "sandwich"}, r"model\.layernorm 'sandwich' is not one of pre, post"),
         ({"init": "xavier"}, r"model\.init 'xavier' is not one of scaled, plain"),
-        ({"recompute": "some"}, r"model\.recompute 'some' is not one of none, full"),
+        ({"recompute": "some"}, r"model\.recompute 'some' is not one of none, selective, full"),
         ({"activation": "relu"}, r"model\.activation 'relu' is not one of gelu, gelu_tanh"),
         ({"hidden_size": 0}, r"model\.hidden_size 0 is not positive"),
         ({"num_layers": 0}, r"model\.num_layers 0 is not positive"),
