@@ -69,7 +69,7 @@ def main() -> None:
     except launch.JobFailed as error:
         stop(command, error, status=error.status)
     except KeyboardInterrupt:
-        stop(command, "interrupted", status=130)
+        stop(command, "interrupted", status=launch.INTERRUPTED)
 
 
 def known() -> str:

@@ -7,7 +7,6 @@ processes, those are used.
 """
 
 import contextlib
-import ctypes
 import importlib
 import logging
 import os
@@ -16,7 +15,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,25 +24,36 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from hydratron.processes import (
+    child_command,
+    clean_environment,
+    end_tree,
+    end_with_parent,
+    is_external_launch,
+    is_first_rank,
+    num_local_devices,
+    num_started,
+    slurm_resource,
+    wait,
+    world_size,
+)
 from hydratron.result import (
     FAILURE,
+    OFFLINE_RUNS,
     RESULT,
     Job,
     completed_result,
     job_line,
     note_failure,
     read_result,
+    sync_command,
     write_result,
 )
 
 FROZEN_CONFIG = ".hydra/resolved.yaml"
 OUTPUT = "output.log"
-# the process's place in some other job: must not leak into a job's own process tree
-FOREIGN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "NODE_RANK", "MASTER_",
-                     "TORCHELASTIC_", "PL_GLOBAL_SEED", "STANDALONE_PORT")  # fmt: skip
-SECONDS_TO_STOP = 60  # for a last checkpoint after SIGTERM, before SIGKILL
-PR_SET_PDEATHSIG = 1
 TERMINATED = 128 + signal.SIGTERM
+INTERRUPTED = 128 + signal.SIGINT
 
 
 class InputError(ValueError):
@@ -56,6 +66,17 @@ class JobFailed(RuntimeError):
     def __init__(self, message: str, *, status: int = 1) -> None:
         super().__init__(message)
         self.status = status
+
+
+class JobPreempted(JobFailed):
+    """A job saved its state and ended early; `stopped_by` says why."""
+
+    def __init__(self, message: str, *, stopped_by: str) -> None:
+        super().__init__(message, status=TERMINATED)
+        self.stopped_by = stopped_by
+
+    def __reduce__(self) -> Any:
+        return JobFailed, (str(self),), {"status": self.status}
 
 
 def configuration_directory() -> Path:
@@ -78,6 +99,7 @@ def main(command: str) -> None:
             failures.append(error)  # Hydra would print its own lines around a single run's
             return None
 
+    OmegaConf.register_new_resolver("slurm", slurm_resource, replace=True)
     tree = str(configuration_directory())
     hydra.main(version_base="1.3", config_path=tree, config_name=command)(task)()
     for error in failures:
@@ -97,10 +119,18 @@ def launch(command: str, config: DictConfig) -> float | None:
         freeze(config, run_dir),
         override_dictionary(list(hydra_config.overrides.task)),
     )
-    if is_external_launch():
-        execute(job)
+    if "submitit" in hydra_config.launcher._target_:
+        # inherited from where the sweep was started, it would be the port of all jobs on a node
+        os.environ.pop("MASTER_PORT", None)
+        execute_as_one_of_many(job)
+    elif is_external_launch():
+        execute_as_one_of_many(job)
     elif is_sweep:
-        run_children(job, log=run_dir / OUTPUT)
+        try:
+            run_children(job, log=run_dir / OUTPUT)
+        finally:
+            if hydra_config.job.num == 0 and any(run_dir.glob(OFFLINE_RUNS)):
+                print(sync_command(Path(hydra_config.sweep.dir) / "*"), flush=True)
     elif num_local_devices(job.config) > 1:
         check(job)
         run_children(job, log=None)
@@ -179,22 +209,6 @@ def override_dictionary(overrides: list[str]) -> dict[str, str]:
     return {k.lstrip("+~"): v for k, _, v in (text.partition("=") for text in overrides)}
 
 
-def is_external_launch() -> bool:
-    """Whether torchrun or srun already made one process per device."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        return True
-    return int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in os.environ
-
-
-def num_local_devices(config: Mapping[str, Any]) -> int:
-    """Return the processes of this node: `trainer.devices`, else what the parallel layout needs."""
-    trainer, parallel = config.get("trainer") or {}, config.get("parallel") or {}
-    if trainer.get("devices"):
-        return int(trainer["devices"])
-    world_size = parallel.get("tensor_parallel_size", 1) * parallel.get("data_parallel_size", 1)
-    return max(1, world_size // trainer.get("num_nodes", 1))
-
-
 def check(job: Job) -> None:
     """Raise InputError for wrong input before any worker exists."""
     try:
@@ -202,6 +216,42 @@ def check(job: Job) -> None:
     except ValueError as error:
         write_result(job, status="failed", error=str(error), duration_s=0.0)
         raise InputError(str(error)) from error
+
+
+def execute_as_one_of_many(job: Job) -> None:
+    """Run the job as one of the processes that torchrun or SLURM made for it.
+
+    SIGUSR2 tells that SLURM will take the nodes back. Training saves; then, and only then, the
+    handler runs that submitit had installed for it, which requeues the job. Nothing else does.
+
+    Raises:
+        InputError: there are not as many processes as the job needs.
+    """
+    needed = world_size(job.config)
+    if is_first_rank():
+        forget_outcome(job)
+    if num_started() != needed:
+        error = (
+            f"parallel= needs {needed} processes and {num_started()} were started: torchrun and"
+            " SLURM start one a device, so that a sweep over their number is a sweep for each"
+        )
+        if is_first_rank():
+            write_result(job, status="failed", error=error, duration_s=0.0)
+        raise InputError(error)
+    requeue = signal.getsignal(signal.SIGUSR2)
+    try:
+        execute(job)
+    except JobPreempted as error:
+        if error.stopped_by == "SIGUSR2" and callable(requeue):
+            requeue(signal.SIGUSR2, None)
+            raise SystemExit(TERMINATED) from error
+        raise
+
+
+def forget_outcome(job: Job) -> None:
+    """Remove what an earlier try of the job left, so that it is not taken for this one's."""
+    for name in (RESULT, FAILURE):
+        (job.run_dir / name).unlink(missing_ok=True)
 
 
 def execute(job: Job) -> None:
@@ -218,17 +268,22 @@ def execute(job: Job) -> None:
             raise InputError(str(error)) from error
         outcome = {"status": "ok"} | module.run(prepared, job.run_dir)
         if outcome["status"] == "preempted":
-            raise JobFailed(f"stopped on request; resume={job.run_dir}", status=TERMINATED)
+            reason = outcome["stopped_by"]
+            raise JobPreempted(f"stopped by {reason}; resume={job.run_dir}", stopped_by=reason)
     except BaseException as error:
         if isinstance(error, SystemExit) and error.code == TERMINATED:
             outcome["status"] = "preempted"
         if outcome["status"] != "preempted":
             is_ours = isinstance(error, (InputError, JobFailed))
-            name = "" if is_ours else f"{type(error).__name__}: "
-            outcome |= {"status": "failed", "error": note_failure(job.run_dir, f"{name}{error}")}
+            text = str(error) if is_ours else f"{type(error).__name__}: {error}"
+            if exit_status(error) == INTERRUPTED:
+                text = "interrupted"
+            outcome |= {"status": "failed", "error": note_failure(job.run_dir, text)}
+        if exit_status(error) == INTERRUPTED:
+            raise KeyboardInterrupt from error
         raise
     finally:
-        if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0:
+        if is_first_rank():
             write_result(job, **outcome, duration_s=round(time.monotonic() - started, 3))
 
 
@@ -249,8 +304,7 @@ def quiet_libraries() -> None:
 
 def run_children(job: Job, *, log: Path | None) -> None:
     """Run the job as a process tree of its own and wait; raise JobFailed unless it ended `ok`."""
-    for name in (RESULT, FAILURE):
-        (job.run_dir / name).unlink(missing_ok=True)
+    forget_outcome(job)
     started = time.monotonic()
     requested: list[int] = []
     previous = signal.signal(signal.SIGTERM, lambda number, _: requested.append(number))
@@ -271,6 +325,7 @@ def run_children(job: Job, *, log: Path | None) -> None:
             signal.signal(signal.SIGTERM, previous)
             duration = time.monotonic() - started
             result = completed_result(job, returncode=process.returncode, duration=duration)
+            end_tracking(job, status=process.returncode)
     if log:
         print(job_line(job, result), flush=True)
     if requested:
@@ -281,42 +336,22 @@ def run_children(job: Job, *, log: Path | None) -> None:
         raise JobFailed(f"{job.run_dir}: {message}", status=status)
 
 
-def wait(process: subprocess.Popen[bytes], requested: list[int]) -> None:
-    """Wait for the tree; pass a SIGTERM on once and give it time for a last checkpoint."""
-    passed_on = False
-    while process.poll() is None:
-        if requested and not passed_on:
-            os.killpg(process.pid, signal.SIGTERM)
-            passed_on, deadline = True, time.monotonic() + SECONDS_TO_STOP
-        if passed_on and time.monotonic() > deadline:
-            return
-        time.sleep(0.05)
+def exit_status(error: BaseException) -> int:
+    """Return the exit status that says how a job ended."""
+    # Lightning makes an exit(1) of an interrupt
+    if any(isinstance(e, KeyboardInterrupt) for e in (error, error.__context__)):
+        return INTERRUPTED
+    if isinstance(error, JobFailed):
+        return error.status
+    return error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
 
 
-def end_tree(process: subprocess.Popen[bytes]) -> None:
-    """Leave no process of the tree behind."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def child_command(command: str, run_dir: Path, *, num_devices: int) -> list[str]:
-    """Return the command line of a job's process tree."""
-    worker = ["-m", "hydratron.launch", command, str(run_dir)]
-    if num_devices == 1:
-        return [sys.executable, *worker]
-    elastic = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_devices}"]
-    return [sys.executable, *elastic, *worker]
-
-
-def clean_environment() -> dict[str, str]:
-    """Return the environment without any trace of a surrounding distributed job."""
-    return {k: v for k, v in os.environ.items() if not k.startswith(FOREIGN_VARIABLES)}
-
-
-def end_with_parent() -> None:
-    """Ask Linux to kill this process when its parent dies."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+def end_tracking(job: Job, *, status: int) -> None:
+    """End what a killed process tree could not end, with the status that a shell would see."""
+    if "_target_" in (job.config.get("logger") or {}):
+        tracking = importlib.import_module("hydratron.commands.tracking")
+        seen = status if status >= 0 else 128 - status
+        tracking.complete(job.config["logger"], job.run_dir, status=seen)
 
 
 def worker(command: str, run_dir: Path) -> int:

@@ -15,6 +15,8 @@ from typing import Any
 
 RESULT = "result.json"
 FAILURE = ".hydra/failure.json"
+TRACKED = ".hydra/wandb.json"  # the job's W&B id and the exit status it ended with there
+OFFLINE_RUNS = "wandb/offline-run-*"
 PACKAGES = ("torch", "pytorch-lightning", "transformers")
 
 
@@ -86,6 +88,11 @@ def job_line(job: Job, result: dict[str, Any]) -> str:
     found = f"val/loss {result['val/loss']:.4f}" if "val/loss" in result else result["error"] or ""
     seconds = f"{result['duration_s']:.0f} s"
     return f"job {job.run_dir.name}: {result['status']}  {settings}  {found}  {seconds}"
+
+
+def sync_command(directory: Path) -> str:
+    """Return the line that tells how to upload the offline W&B runs of a run, or of several."""
+    return f"W&B is offline; upload later: wandb sync {directory}/{OFFLINE_RUNS}"
 
 
 def package_version(name: str) -> str | None:

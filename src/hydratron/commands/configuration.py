@@ -5,10 +5,8 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins.environments import (
     ClusterEnvironment,
     LightningEnvironment,
@@ -16,7 +14,7 @@ from pytorch_lightning.plugins.environments import (
     TorchElasticEnvironment,
 )
 
-from hydratron.launch import is_external_launch
+from hydratron.processes import is_external_launch
 
 ConfigT = TypeVar("ConfigT")
 
@@ -43,11 +41,6 @@ def build(cls: type[ConfigT], node: Mapping[str, Any], *, name: str) -> ConfigT:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{name}.{getattr(error, 'full_key', '')}: {reason}") from error
     return values
-
-
-def build_loggers(node: Mapping[str, Any]) -> list[Logger]:
-    """Instantiate the logger that the configuration names, if any."""
-    return [instantiate(node)] if "_target_" in node else []
 
 
 def cluster_environment() -> ClusterEnvironment:

@@ -5,8 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydratron.commands.configuration import build, build_loggers, cluster_environment
+from pytorch_lightning.loggers import Logger
+
+from hydratron.commands.configuration import build, cluster_environment
 from hydratron.commands.tasks import build_task, describe_source, fill, open_source
+from hydratron.commands.tracking import note, tracked
 from hydratron.training.finetuning import FinetuneJob, finetune
 from hydratron.training.optimisation import OptimizerConfig
 from hydratron.training.task_data import BatchConfig, TaskData
@@ -43,5 +46,10 @@ def run(prepared: PreparedJob, run_dir: Path) -> dict[str, Any]:
     """Train to the end; return what `result.json` says of it."""
     job = prepared.job
     described = describe_source(job.source, job.data, run_dir)
-    loggers = build_loggers(prepared.loggers)
-    return described | finetune(job, run_dir, loggers=loggers, environment=cluster_environment())
+
+    def train(loggers: list[Logger]) -> dict[str, Any]:
+        note(loggers, num_parameters=described["num_parameters"])
+        outcome = finetune(job, run_dir, loggers=loggers, environment=cluster_environment())
+        return described | outcome
+
+    return tracked(prepared.loggers, run_dir, train)

@@ -1,16 +1,19 @@
 """`hydratron pretrain`: train BERT or GPT-2 from nothing, or go on with a run."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pytorch_lightning.loggers import Logger
+
 from hydratron.checkpoint.sharded import CheckpointError, load_loop_state, newest_checkpoint
 from hydratron.checkpoint.source import TOKENIZER
-from hydratron.commands.configuration import build, build_loggers, cluster_environment
+from hydratron.commands.configuration import build, cluster_environment
+from hydratron.commands.tracking import note, tracked
 from hydratron.launch import JobFailed
 from hydratron.models.config import ModelConfig
-from hydratron.training.callbacks import Throughput, was_stopped
+from hydratron.training.callbacks import Throughput, stopped_by
 from hydratron.training.datamodule import DataConfig, PretrainingData
 from hydratron.training.metrics import MetricsFile
 from hydratron.training.module import NonFiniteLossError
@@ -64,13 +67,19 @@ def prepare(config: Mapping[str, Any]) -> PretrainJob:
 
 def run(job: PretrainJob, run_dir: Path) -> dict[str, Any]:
     """Train to the end; return what `result.json` says of it."""
+    return tracked(job.loggers, run_dir, lambda loggers: train(job, run_dir, loggers))
+
+
+def train(job: PretrainJob, run_dir: Path, loggers: Sequence[Logger]) -> dict[str, Any]:
+    """Train to the end, every metric to `metrics.csv` and to `loggers`."""
     data, module = job.data, job.module
     metrics_file = MetricsFile(run_dir)
+    note(loggers, num_parameters=num_parameters(module.model_config))
     trainer = build_trainer(
         job.trainer,
         job.parallel,
         run_dir=run_dir,
-        loggers=[metrics_file, *build_loggers(job.loggers)],
+        loggers=[metrics_file, *loggers],
         environment=cluster_environment(),
         callbacks=[
             Throughput(
@@ -92,11 +101,11 @@ def run(job: PretrainJob, run_dir: Path) -> dict[str, Any]:
         raise JobFailed(f"{error}; last good checkpoint: {good}") from error
     except CheckpointError as error:
         raise JobFailed(str(error)) from error
-    is_stopped = was_stopped(trainer)
-    if not is_stopped and module.validated_step != trainer.global_step:
+    reason = stopped_by(trainer)
+    if not reason and module.validated_step != trainer.global_step:
         trainer.validate(module, datamodule=data, verbose=False)
     return {
-        "status": "preempted" if is_stopped else "ok",
+        **({"status": "preempted", "stopped_by": reason} if reason else {"status": "ok"}),
         "num_parameters": num_parameters(module.model_config),
         "steps": trainer.global_step,
         "tokens": trainer.global_step * data.config.global_batch_size * data.config.seq_len,

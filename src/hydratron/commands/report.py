@@ -3,6 +3,7 @@ Hydra.
 """
 
 import argparse
+import importlib
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from rich.console import Console
 from hydratron.report.document import print_summary, write_report
 from hydratron.report.runs import load_runs
 from hydratron.report.watch import watch_runs
+from hydratron.result import OFFLINE_RUNS, sync_command
 
 # Where nobody can widen a window, a table is not folded to 80 columns.
 FILE_WIDTH = 160
@@ -26,6 +28,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--output", type=Path, metavar="DIR", help="default: report/ in the first DIR"
     )
     parser.add_argument("--against", choices=["seed"], help="put published numbers beside ours")
+    parser.add_argument("--wandb", action="store_true", help="keep the report in W&B")
     parser.add_argument("--watch", action="store_true", help="follow the jobs until all have ended")
     return parser.parse_args(arguments)
 
@@ -47,6 +50,13 @@ def main(arguments: list[str] | None = None) -> None:
     print_summary(collection, console, against_seed=against_seed)
     output = (options.output or options.directories[0] / "report").resolve()
     written = write_report(collection, output, against_seed=against_seed)
+    offline = [d for d in options.directories if any(d.glob(f"*/{OFFLINE_RUNS}"))]
+    for directory in offline:
+        print(sync_command(directory / "*"))
+    if options.wandb:
+        # Lightning takes seconds to import, which a report needs for nothing else
+        tracking = importlib.import_module("hydratron.commands.tracking")
+        tracking.track_report([r.path for r in collection.runs], options.directories[0], output)
     for path in written.files:
         print(path)
     if written.figures:

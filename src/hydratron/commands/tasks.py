@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from hydratron.checkpoint.source import (
 from hydratron.commands.configuration import build
 from hydratron.data.encodings import make_frame
 from hydratron.data.tokenizer import PreTrainedTokenizerFast, load_tokenizer
+from hydratron.processes import is_first_rank
 from hydratron.training.finetuning import BEST, PretrainedBert
 from hydratron.training.task_data import BatchConfig, TaskData
 from hydratron.training.tasks import GROUPS, Task
@@ -148,11 +148,6 @@ def remember_task(data: TaskData, run_dir: Path) -> None:
         values[f"{group}_path"] = None if path is None else str(path.absolute())
     target = f"{type(task).__module__}.{type(task).__qualname__}"
     (run_dir / TASK).write_text(json.dumps({"_target_": target} | values, indent=2) + "\n")
-
-
-def is_first_rank() -> bool:
-    """Whether this process is the one that writes."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0
 
 
 def run_directory(checkpoint: str) -> Path:

@@ -31,15 +31,18 @@ def squared_gradient_norms(model: nn.Module, tp_group: ProcessGroup | None) -> d
 
 
 def layer_gradient_norms(squares: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the gradient norm of each Transformer layer, `layer_00` next to the embeddings.
+    """Return the gradient norm of each Transformer layer, `layer_00` next to the embeddings, of the
+    `embeddings` and of the `head`, which is all that comes after the layers.
 
-    `squares` comes from `squared_gradient_norms`; what belongs to no layer is left out.
+    `squares` comes from `squared_gradient_norms`; the groups' squares add up to the whole.
     """
-    layers: dict[str, list[Tensor]] = {}
+    groups: dict[str, list[Tensor]] = {}
     for name, square in squares.items():
-        if found := re.search(r"\blayers\.(\d+)\.", name):
-            layers.setdefault(f"layer_{int(found[1]):02}", []).append(square)
-    return {name: torch.stack(parts).sum().sqrt() for name, parts in layers.items()}
+        group = "embeddings" if "embeddings." in name else "head"
+        if found := re.search(r"\blayers?\.(\d+)\.", name):
+            group = f"layer_{int(found[1]):02}"
+        groups.setdefault(group, []).append(square)
+    return {name: torch.stack(parts).sum().sqrt() for name, parts in groups.items()}
 
 
 def clip_grad_norm(

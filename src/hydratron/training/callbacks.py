@@ -1,6 +1,8 @@
 """What happens around the steps: checkpoints, throughput, stopping in agreement, progress lines."""
 
+import math
 import os
+import resource
 import shutil
 import signal
 import time
@@ -88,7 +90,8 @@ class StepCheckpoint(Checkpoint):
 
 
 class Throughput(Callback):
-    """Logs tokens per second of the whole grid, TFLOP/s per device and peak memory.
+    """Logs the tokens so far, tokens per second of the whole grid, TFLOP/s per device and peak
+    memory (of a process where there is no GPU).
 
     Measured between two logged steps, where the host has waited for the device; validation and
     saving are left out.
@@ -125,26 +128,37 @@ class Throughput(Callback):
             pl_module.model_config, seq_len=self.seq_len, num_predictions=self.num_predictions
         )
         metrics = {
+            "train/tokens": float(trainer.global_step * self.global_batch_size * self.seq_len),
             "perf/step_ms": 1e3 * seconds,
             "perf/tokens_per_second": self.global_batch_size * self.seq_len / seconds,
             "perf/tflops_per_gpu": flops / seconds / trainer.world_size / 1e12,
         }
         if pl_module.device.type == "cuda":
             metrics["perf/peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        else:
+            kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            metrics["perf/peak_memory_gib"] = kib / 2**20
         pl_module.record(metrics)
         self._restart()
 
 
+# Why training ended early, the weakest reason first: SIGUSR2 asks SLURM's users to make room and be
+# requeued, and may come together with SIGTERM.
+REASONS = ("", "the time limit", "SIGTERM", "SIGUSR2")
+
+
 class StopOnRequest(Callback):
-    """Ends training after the same step on every rank when any rank got SIGTERM or SIGUSR2.
+    """Ends training after the same step on every rank when any rank got SIGTERM or SIGUSR2, or
+    `max_hours` after this was made.
 
     The flag is agreed by a background all-reduce on the CPU, read one step later, so that no step
     waits for it. The checkpoint of the last step is then written by StepCheckpoint.
     """
 
-    def __init__(self) -> None:
-        self.requested = False
-        self.stopped = False
+    def __init__(self, *, max_hours: float | None = None) -> None:
+        self.deadline = math.inf if max_hours is None else time.monotonic() + 3600 * max_hours
+        self.requested = 0  # an index of REASONS
+        self.stopped_by = ""
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -152,39 +166,41 @@ class StopOnRequest(Callback):
         for number in (signal.SIGTERM, signal.SIGUSR2):
             signal.signal(number, self._request)
 
-    def _request(self, *_: Any) -> None:
-        self.requested = True
+    def _request(self, number: int, *_: Any) -> None:
+        self.requested = max(self.requested, REASONS.index(signal.Signals(number).name))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if time.monotonic() > self.deadline:
+            self.requested = max(self.requested, REASONS.index("the time limit"))
         if trainer.world_size == 1:
             agreed = self.requested
         else:
             agreed = self._agreed()
-            flag = torch.tensor(int(self.requested))
+            flag = torch.tensor(self.requested)
             work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, async_op=True)
             assert work is not None
             self._pending = (work, flag)
         if agreed:
-            self.stopped = trainer.should_stop = True
+            self.stopped_by, trainer.should_stop = REASONS[agreed], True
 
-    def _agreed(self) -> bool:
+    def _agreed(self) -> int:
         if self._pending is None:
-            return False
+            return 0
         work, flag = self._pending
         work.wait()
-        return bool(flag)
+        return int(flag)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._agreed()
         self._pending = None
 
 
-def was_stopped(trainer: Trainer) -> bool:
-    """Whether training ended on request rather than at its end."""
+def stopped_by(trainer: Trainer) -> str:
+    """Return what ended training before its end, a word of REASONS; empty if nothing did."""
     callbacks: list[Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
-    return any(isinstance(c, StopOnRequest) and c.stopped for c in callbacks)
+    return "".join(c.stopped_by for c in callbacks if isinstance(c, StopOnRequest))
 
 
 class ProgressLines(Callback):

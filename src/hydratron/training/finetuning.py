@@ -23,7 +23,7 @@ from hydratron.models.config import ModelConfig
 from hydratron.models.heads import seed_dropout
 from hydratron.models.initialisation import initialize_parameters
 from hydratron.parallel.mesh import ParallelMesh
-from hydratron.training.callbacks import StopOnRequest
+from hydratron.training.callbacks import stopped_by
 from hydratron.training.metrics import MetricsFile
 from hydratron.training.module import TrainingModule
 from hydratron.training.optimisation import OptimizerConfig
@@ -309,6 +309,7 @@ def finetune(
         seed=job.seed,
         micro_batch_size=job.data.config.micro_batch_size or local_batch_size,
         log_every=job.trainer.log_every,
+        log_layer_norms=job.trainer.log_layer_norms,
         max_skipped_steps=job.trainer.max_skipped_steps,
         compile=job.trainer.compile,
     )
@@ -316,10 +317,9 @@ def finetune(
     if checkpoint is not None:
         metrics_file.continue_after(load_loop_state(checkpoint)["global_step"])
     trainer.fit(module, datamodule=job.data, ckpt_path=checkpoint)
-    callbacks = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
-    is_stopped = any(isinstance(c, StopOnRequest) and c.stopped for c in callbacks)
-    if is_stopped:
-        return {"status": "preempted", "steps": trainer.global_step} | module.last_metrics
+    if reason := stopped_by(trainer):
+        stopped = {"status": "preempted", "stopped_by": reason, "steps": trainer.global_step}
+        return stopped | module.last_metrics
     if module.validated_step != trainer.global_step:
         trainer.validate(module, datamodule=job.data, verbose=False)
     metrics = module.last_metrics | objective.best_metrics

@@ -42,6 +42,7 @@ class ParallelConfig:
 class TrainerConfig:
     """How long, on what and how often. `devices` is per node; None: what the layout needs.
 
+    After `max_hours` a run saves a checkpoint and ends as `preempted`; None is no limit.
     `val_every` and `checkpoint_every` count optimizer steps, 0 is only at the end.
     `log_layer_norms` adds each layer's gradient norm to the logged rows. `async_checkpoints` saves
     in a thread while training goes on. A run in which more than `max_skipped_steps` steps had a
@@ -53,6 +54,7 @@ class TrainerConfig:
 
     accelerator: str
     max_steps: int
+    max_hours: float | None = None
     devices: int | None = None
     num_nodes: int = 1
     precision: str = "32-true"
@@ -134,7 +136,7 @@ def build_trainer(
         callbacks=[
             *callbacks,
             RichProgressBar() if is_terminal else lines,
-            StopOnRequest(),
+            StopOnRequest(max_hours=config.max_hours),
             *([] if steps_only else saving),
         ],
         max_steps=config.max_steps,

@@ -1,0 +1,137 @@
+"""Weights & Biases: what its offline files hold after a run has ended, however it ended."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.conftest import TINY, metrics, result
+from tests.end_to_end.test_pretrain import start, wait_for_step
+from tests.wandb_files import OfflineRun, read_offline_runs
+
+WANDB = [*TINY, "logger=wandb"]
+GROUPS = ["embeddings", "layer_00", "layer_01", "head"]
+
+
+def assert_tells_all(run: OfflineRun, run_dir: Path) -> None:
+    """The W&B run holds what the run directory holds."""
+    found, table = result(run_dir), metrics(run_dir).set_index("step")
+    assert run.exit_code == 0
+    assert run.project == "hydratron"
+    assert run.job_type == "pretrain"
+    assert run.config["model"]["hidden_size"] == 32
+    assert run.config["seed"] == found["seed"]
+    assert run.config["git_commit"] == found["git_commit"]
+    assert run.config["num_parameters"] == found["num_parameters"]
+    assert run.config["environment"]["torch"] == found["versions"]["torch"]
+    for key in ("train/loss", "val/loss", "train/learning_rate", "train/grad_norm", "train/tokens",
+                "perf/tflops_per_gpu", "perf/tokens_per_second", "perf/peak_memory_gib",
+                *(f"train/grad_norm/{group}" for group in GROUPS)):  # fmt: skip
+        expected = table[key].dropna()
+        assert len(expected) > 0, key
+        assert run.column(key) == pytest.approx(expected.to_dict()), key
+    assert run.summary["val/loss"] == pytest.approx(found["val/loss"])
+    squares = sum(table[f"train/grad_norm/{group}"] ** 2 for group in GROUPS)
+    assert squares.to_numpy() == pytest.approx(table["train/grad_norm"].to_numpy() ** 2, rel=1e-5)
+
+
+def test_a_run_is_in_wandb_as_it_is_on_disk(in_process, tmp_path: Path) -> None:
+    done = in_process("pretrain", *WANDB, "hydra.run.dir=run", "+data.x=" + "y" * 64)
+    assert done.returncode == 2  # a wrong key: nothing was run, nothing is tracked
+    assert read_offline_runs(tmp_path) == []
+    done = in_process("pretrain", *WANDB, "hydra.run.dir=again")
+    assert done.returncode == 0, done.stderr
+    (run,) = read_offline_runs(tmp_path)
+    assert_tells_all(run, tmp_path / "again")
+    assert run.group == ""
+    assert "trainer.max_steps=4" in run.tags
+    assert f"wandb sync {tmp_path}/again/wandb/offline-run-*" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_sweep_of_grids_holds_one_run_a_job_however_the_jobs_end(
+    hydratron, tmp_path: Path
+) -> None:
+    swept = ["parallel=tp2,single", "model.num_heads=1,4", "layernorm=pre", "optimizer.lr=3e-3"]
+    done = hydratron("pretrain", "-m", *WANDB, *swept, "seed=1", "hydra.sweep.dir=sweep")
+    assert done.returncode == 1  # one head does not divide by two
+    runs = read_offline_runs(tmp_path)
+    assert len(runs) == len({run.id for run in runs}) == 4
+    assert {run.group for run in runs} == {"sweep"}
+    by_job = {
+        (run.config["parallel"]["tensor_parallel_size"], run.config["model"]["num_heads"]): run
+        for run in runs
+    }
+    assert {job: run.exit_code for job, run in by_job.items()} == {
+        (2, 1): 1, (2, 4): 0, (1, 1): 0, (1, 4): 0
+    }  # fmt: skip
+    assert by_job[2, 1].history == []
+    assert_tells_all(by_job[2, 4], tmp_path / "sweep/1")
+    assert_tells_all(by_job[1, 4], tmp_path / "sweep/3")
+    assert by_job[2, 4].config["environment"]["world_size"] == 2
+    rows = [row for row in by_job[2, 4].history if "train/loss" in row]
+    assert [row["trainer/global_step"] for row in rows] == [1, 2, 3, 4]  # one rank's, not two
+    assert "wandb sync sweep/*/wandb/offline-run-*" in done.stdout
+    report = hydratron("report", "sweep", "--wandb")
+    assert report.returncode == 0, report.stderr
+    (closing,) = (run for run in read_offline_runs(tmp_path) if run.job_type == "report")
+    assert (closing.project, closing.group, closing.exit_code) == ("hydratron", "sweep", 0)
+    (artifact,) = (one for one in closing.artifacts if one.type == "report")
+    names = {entry.path for entry in artifact.manifest.contents}
+    assert {"table.md", "report.html", "loss_curves.png", "loss_curves.svg"} <= names
+    assert {key for row in closing.history for key in row} >= {"loss_curves", "summary"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "grid", "exit_code"),
+    [
+        (signal.SIGTERM, "tp2", 143),
+        (signal.SIGTERM, "single", 143),
+        (signal.SIGINT, "single", 130),
+    ],
+)
+def test_a_stopped_run_says_so_and_a_resumed_one_goes_on_under_its_id(
+    hydratron, tmp_path: Path, number: signal.Signals, grid: str, exit_code: int
+) -> None:
+    process = start(tmp_path, "logger=wandb", "trainer.checkpoint_every=2", f"parallel={grid}")
+    wait_for_step(tmp_path / "run", 3)
+    os.kill(process.pid, number)
+    assert process.wait(timeout=60) == exit_code, (tmp_path / "output.txt").read_text()
+    (stopped,) = read_offline_runs(tmp_path)
+    assert stopped.exit_code == exit_code
+    steps = int((tmp_path / "run/checkpoints/last").resolve().name.removeprefix("step-"))
+    done = hydratron("pretrain", "resume=run", f"trainer.max_steps={steps + 2}")
+    assert done.returncode == 0, done.stderr
+    _, resumed = read_offline_runs(tmp_path)
+    assert resumed.id == stopped.id
+    assert resumed.exit_code == 0
+    assert list(resumed.column("train/loss")) == [steps + 1, steps + 2]
+
+
+def rank_zero(run_dir: Path) -> int:
+    """Return the process id of the job's first worker."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().decode().split("\0")
+            variables = path.with_name("environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        is_worker = "hydratron.launch" in words and "torch.distributed.run" not in words
+        if is_worker and any(str(run_dir) in word for word in words) and b"RANK=1" not in variables:
+            return int(path.parent.name)
+    raise AssertionError(f"no worker of {run_dir} found")
+
+
+@pytest.mark.slow
+def test_the_run_of_a_killed_job_is_ended_by_its_launcher(tmp_path: Path) -> None:
+    process = start(tmp_path, "logger=wandb", "parallel=tp2")
+    wait_for_step(tmp_path / "run", 3)
+    os.kill(rank_zero(tmp_path / "run"), signal.SIGKILL)
+    assert process.wait(timeout=60) == 1
+    runs = read_offline_runs(tmp_path)
+    (ended,) = (run for run in runs if run.exit_code is not None)
+    assert ended.exit_code == 1
+    assert ended.config["environment"]["world_size"] == 2
+    assert {run.id for run in runs} <= {ended.id, ""}  # what was not yet on disk is lost
