@@ -15,6 +15,7 @@ HYDRA_COMMANDS = {
     "prepare": "raw text to a cleaned, deduplicated, tokenised corpus",
     "evaluate": "a finetuned run, an ensemble of runs, or a GPT-2 zero-shot",
     "benchmark": "iteration time, TFLOP/s per GPU, share of peak, beside a peer's",
+    "plan": "memory, time and cost of a configuration on a cluster, before paying for it",
     "convert": "between our checkpoints, Hugging Face folders and Megatron-LM checkpoints",
 }
 PLAIN_COMMANDS = {  # take their own arguments

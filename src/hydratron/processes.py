@@ -39,19 +39,23 @@ def is_first_rank() -> bool:
 
 def world_size(config: Mapping[str, Any]) -> int:
     """Return the processes that the parallel layout needs."""
+    if "hardware" in config:
+        return 1  # a plan speaks of a cluster and runs on none of it
     parallel = config.get("parallel") or {}
     return parallel.get("tensor_parallel_size", 1) * parallel.get("data_parallel_size", 1)
 
 
 def num_nodes(config: Mapping[str, Any]) -> int:
     """Return `trainer.num_nodes`, 1 for a command that has no trainer."""
+    if "hardware" in config:
+        return 1
     return (config.get("trainer") or {}).get("num_nodes", 1)
 
 
 def num_local_devices(config: Mapping[str, Any]) -> int:
     """Return the processes of this node: `trainer.devices`, else what the parallel layout needs."""
     trainer = config.get("trainer") or {}
-    if trainer.get("devices"):
+    if trainer.get("devices") and "hardware" not in config:
         return int(trainer["devices"])
     return max(1, world_size(config) // num_nodes(config))
 

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from hydratron.commands.configuration import build
 from hydratron.launch import configuration_directory
 from hydratron.models.config import ModelConfig
+from hydratron.perf.hardware import Hardware
 from hydratron.training.datamodule import DataConfig
 from hydratron.training.optimisation import OptimizerConfig
 from hydratron.training.pretraining import NETWORKS
@@ -123,6 +124,16 @@ def test_a_value_of_the_wrong_type_is_refused_by_its_full_name() -> None:
     config = compose("pretrain", ["model.num_layers=many"])
     with pytest.raises(ValueError, match="model.num_layers"):
         instantiate(config)
+
+
+@pytest.mark.parametrize("name", choices("hardware"))
+def test_every_cluster_composes_with_the_planner(name: str) -> None:
+    config = compose("plan", [f"hardware={name}", "experiment=megatron_bert_3.9b"])
+    made = OmegaConf.to_container(config.hardware, resolve=True)
+    assert build(Hardware, made, name="hardware").name == name
+    instantiate(config)
+    read = {*CLASSES, "hardware", "seed", "layernorm", "init", "size", "calibration", "rows"}
+    assert set(config) == read
 
 
 def test_no_group_is_without_a_reader() -> None:

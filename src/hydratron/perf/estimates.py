@@ -4,11 +4,12 @@ Every size in a trace is affine in the micro-batch and in the number of layers, 
 traces of a layout answer for every batch and depth.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from hydratron.perf.flops import train_flops
 from hydratron.perf.hardware import GIB, Hardware
+from hydratron.perf.kernels import as_compiled
 from hydratron.perf.memory import Memory, StateMemory, state_memory, step_memory
 from hydratron.perf.recorder import Operator, StepTrace, StepTraces
 from hydratron.perf.roofline import StepTime, step_time
@@ -32,7 +33,7 @@ class Estimate:
     @property
     def fits(self) -> bool:
         """Whether a GPU has that much."""
-        return self.peak_bytes <= self.hardware.usable_bytes
+        return self.peak_bytes <= self.hardware.usable_gib * GIB
 
     @property
     def tflops_per_gpu(self) -> float:
@@ -47,6 +48,33 @@ class Estimate:
     def mfu(self) -> float:
         """`tflops_per_gpu` over the peak."""
         return self.tflops_per_gpu / self.hardware.peak_tflops
+
+    def row(self, num_steps: int) -> dict[str, Any]:
+        """Return the figures as one flat row, with the cost of a run of `num_steps`."""
+        config, state, seconds = self.config, self.memory.state, self.time.total
+        days = seconds * num_steps / 86400
+        row: dict[str, Any] = {
+            "gpus": config.world_size,
+            "tensor_parallel_size": config.tensor_parallel_size,
+            "data_parallel_size": config.data_parallel_size,
+            "micro_batch_size": config.micro_batch_size,
+            "num_micro_batches": config.num_micro_batches,
+            "recompute": config.model.recompute,
+            "shard_optimizer": config.shard_optimizer,
+            "fits": self.fits,
+            "step_ms": seconds * 1e3,
+            "tflops_per_gpu": self.tflops_per_gpu,
+            "mfu": self.mfu,
+            "days": days,
+            "gpu_hours": days * 24 * config.world_size,
+            "peak_gib": self.peak_bytes / GIB,
+            "parameters_gib": state.parameters / GIB,
+            "optimizer_gib": state.optimizer / GIB,
+            "gradients_gib": state.gradients / GIB if self.memory.gradients_stay else 0.0,
+        }
+        held = sum(row[f"{name}_gib"] for name in ("parameters", "optimizer", "gradients"))
+        row["activations_gib"] = row["peak_gib"] - held
+        return row | {f"{key}_ms": value * 1e3 for key, value in asdict(self.time).items()}
 
 
 def _affine(first: Operator, second: Operator, batch: int) -> Operator:
@@ -91,7 +119,8 @@ class Estimator:
         size = min(config.data_parallel_size, 2)
         key = replace(config, micro_batch_size=micro_batch_size, data_parallel_size=size, **same)
         if (key, num_layers) not in self._passes:
-            self._passes[key, num_layers] = trace_passes(key, num_layers)
+            trace = trace_passes(key, num_layers)
+            self._passes[key, num_layers] = as_compiled(trace) if key.compiled else trace
         return self._passes[key, num_layers]
 
     def _update(self, config: StepConfig, num_layers: int) -> StepTrace:
@@ -129,4 +158,7 @@ class Estimator:
 def _layout(config: StepConfig) -> StepConfig:
     """What parameters and optimizer depend on: nothing of the batch or of recomputation."""
     model = replace(config.model, recompute="none")
-    return replace(config, model=model, micro_batch_size=1, num_micro_batches=1)
+    size = config.data_parallel_size if config.shard_optimizer else 1
+    return replace(
+        config, model=model, micro_batch_size=1, num_micro_batches=1, data_parallel_size=size
+    )

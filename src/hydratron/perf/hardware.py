@@ -42,6 +42,7 @@ class Hardware:
     masked_attention_efficiency: float
     elementwise_efficiency: float
     memory_efficiency: float
+    has_bf16: bool = True
     num_nodes: int = 1
     reserved_gib: float = 2.0
     workspace_gib: float = 0.03
@@ -51,6 +52,13 @@ class Hardware:
     kernel_us: float = 4.0
     step_ms: float = 1.0
     overlap: float = 0.9
+
+    def check_precision(self, precision: str) -> None:
+        """Raise ValueError where the GPUs have no products of `trainer.precision`."""
+        if precision.startswith("bf16") and not self.has_bf16:
+            raise ValueError(
+                f"trainer.precision {precision}: {self.name} has no bf16; 16-mixed would work"
+            )
 
     def __post_init__(self) -> None:
         for key in ("gpus_per_node", "num_nodes", "peak_tflops", "memory_gib", "memory_bandwidth"):
@@ -74,9 +82,9 @@ class Hardware:
         return self.num_nodes * self.gpus_per_node
 
     @property
-    def usable_bytes(self) -> float:
+    def usable_gib(self) -> float:
         """Memory of a GPU that tensors may fill."""
-        return (self.memory_gib - self.reserved_gib) * GIB
+        return self.memory_gib - self.reserved_gib
 
     def collective_seconds(self, kind: str, num_bytes: float, group: "GroupShape") -> float:
         """Return how long a collective takes; `num_bytes` is the size of the whole tensor.

@@ -6,7 +6,7 @@ import torch
 
 from hydratron.parallel.placement import parameter_placements
 from hydratron.parallel.zero import data_parallel_dim
-from hydratron.perf.kernels import as_compiled, live_bytes
+from hydratron.perf.kernels import live_bytes
 from hydratron.perf.recorder import StepTrace, StepTraces, pretended_mesh
 from hydratron.perf.step import StepConfig, build_network
 
@@ -76,8 +76,6 @@ def _peaks(trace: StepTrace, *, compiled: bool) -> tuple[int, int]:
     """Return the worst of a trace's passes before its top layer is done and from its bottom layer
     on, in bytes.
     """
-    if compiled:
-        trace = as_compiled(trace)
     curve = live_bytes(trace, compiled=compiled)
     return max(curve[: trace.top_layer_done]), max(curve[trace.bottom_layer_started :])
 

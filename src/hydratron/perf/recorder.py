@@ -116,7 +116,9 @@ class StepTrace:
 
 @dataclass(frozen=True)
 class StepTraces:
-    """A step's forward and backward pass, and its update, with one layer and with two."""
+    """A step's forward and backward pass, and its update, with one layer and with two; of a
+    compiled step as `as_compiled` gives them.
+    """
 
     passes: tuple[StepTrace, StepTrace]
     update: tuple[StepTrace, StepTrace]
@@ -180,6 +182,8 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        if func.namespace == "prim":  # a question about a tensor, such as its device
+            return result
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         space, name = func.namespace, func._opname

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, fields
 
 from hydratron.perf.hardware import Hardware, group_shape
-from hydratron.perf.kernels import Kernel, as_compiled, fuse
+from hydratron.perf.kernels import Kernel, fuse
 from hydratron.perf.recorder import Operator, StepTrace, StepTraces
 from hydratron.perf.step import StepConfig
 
@@ -101,8 +101,6 @@ def trace_seconds(trace: StepTrace, config: StepConfig, hardware: Hardware) -> d
     Keys are `forward/product`, `backward/tp`, `optimizer/elementwise` and so on.
     """
     seconds: dict[str, float] = {}
-    if config.compiled:
-        trace = as_compiled(trace)
     for kernel in fuse(trace, compiled=config.compiled):
         operator = kernel.first
         if operator.kind == "collective":

@@ -27,6 +27,7 @@ from hydratron.parallel.zero import ShardedAdamW
 from hydratron.perf.recorder import DeviceKernels, Recorder, StepTrace, pretended_mesh
 
 NETWORKS = {"bert": BertForPretraining, "gpt2": Gpt2ForPretraining}
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true")
 BUCKET_BYTES = 25 * 2**20  # DDP's default
 
 
@@ -61,6 +62,9 @@ class StepConfig:
 
     def __post_init__(self) -> None:
         self.model.check_tensor_parallel(self.tensor_parallel_size)
+        if self.precision not in PRECISIONS:
+            known = ", ".join(PRECISIONS)
+            raise ValueError(f"trainer.precision {self.precision!r} is not one of {known}")
 
     @property
     def world_size(self) -> int:
@@ -199,12 +203,13 @@ def trace_passes(config: StepConfig, num_layers: int, *, rank: int = 0) -> StepT
 
 def _optimizer(network: nn.Module, config: StepConfig, mesh: ParallelMesh) -> AdamW:
     parameters = list(network.parameters())
-    if not config.shard_optimizer or mesh.dp_group is None:
+    shard_over = mesh.dp_group if config.shard_optimizer else None
+    if shard_over is None and config.parameter_dtype.itemsize == 4:
         return AdamW(parameters, lr=1e-4, fused=True)
     by_name = parameter_placements(network)
     placements = {p: by_name[name] for name, p in network.named_parameters()}
     groups = [{"params": parameters}]
-    return ShardedAdamW(groups, placements=placements, dp_group=mesh.dp_group, lr=1e-4, fused=True)
+    return ShardedAdamW(groups, placements=placements, dp_group=shard_over, lr=1e-4, fused=True)
 
 
 def trace_update(config: StepConfig, num_layers: int, *, rank: int = 0) -> StepTrace:
