@@ -38,7 +38,8 @@ def prepare(config: Mapping[str, Any]) -> PlanJob:
     step, estimator = read_step(config), Estimator()
     hardware.check_precision(step.precision)
     if config["calibration"] is not None:
-        hardware = calibrate(hardware, *read_measured_step(config["calibration"]), estimator)
+        measured, seconds = read_measured_step(config["calibration"])
+        hardware = calibrate(hardware, measured, estimator.traces(measured), seconds)
     title = f"{config['model']['family']} {config['size']}, {hardware.num_gpus} x {hardware.name}"
     num_steps = config["trainer"]["max_steps"]
     return PlanJob(step, hardware, estimator, num_steps, config["rows"], title)

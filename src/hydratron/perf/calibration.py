@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from hydratron.perf.estimates import Estimator
 from hydratron.perf.hardware import Hardware
+from hydratron.perf.recorder import StepTraces
 from hydratron.perf.roofline import step_time
 from hydratron.perf.step import StepConfig
 
@@ -11,9 +11,9 @@ _LEAST, _MOST = 0.02, 1.0
 
 
 def calibrate(
-    hardware: Hardware, config: StepConfig, seconds: float, estimator: Estimator
+    hardware: Hardware, config: StepConfig, traces: StepTraces, seconds: float
 ) -> Hardware:
-    """Return `hardware` with the `product_efficiency` at which `config` takes `seconds` a step.
+    """Return `hardware` with the `product_efficiency` at which a traced step takes `seconds`.
 
     Matrix products are most of a step, so one figure of one GPU is enough for what the profile
     knows least; all other shares stay.
@@ -21,7 +21,6 @@ def calibrate(
     Raises:
         ValueError: no share of the peak explains the time.
     """
-    traces = estimator.traces(config)
 
     def predicted(efficiency: float) -> float:
         return step_time(config, replace(hardware, product_efficiency=efficiency), traces).total

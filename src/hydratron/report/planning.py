@@ -176,6 +176,7 @@ def scaling_curves(curves: dict[str, Sequence[Row]], path: Path, *, title: str) 
             )  # fmt: skip
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:.0f}")
+        axes.margins(y=0.12)
         axes.set_ylim(bottom=0)
         axes.margins(x=0.08)
         axes.set_xlabel("GPUs, each replica's batch the same")

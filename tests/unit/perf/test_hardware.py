@@ -75,10 +75,10 @@ def test_calibration_finds_the_share_of_peak_that_explains_a_step() -> None:
     config, cluster = step(small(hidden_size=512), 64), hardware("a100_40gb")
     traces = ESTIMATOR.traces(config)
     measured = step_time(config, replace(cluster, product_efficiency=0.42), traces).total
-    found = calibrate(cluster, config, measured, ESTIMATOR)
+    found = calibrate(cluster, config, traces, measured)
     assert found.product_efficiency == pytest.approx(0.42, rel=1e-3)
     with pytest.raises(ValueError, match=r"a measured step of 0\.0 ms is outside what a100_40gb"):
-        calibrate(cluster, config, 1e-9, ESTIMATOR)
+        calibrate(cluster, config, traces, 1e-9)
 
 
 def test_the_traces_of_small_micro_batches_tell_a_large_one() -> None:
