@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from hydratron.perf.calibration import calibrate
+from hydratron.perf.devices import peak_tflops
 from hydratron.perf.hardware import GroupShape, group_shape
 from hydratron.perf.kernels import as_compiled
 from hydratron.perf.roofline import shape_efficiency, step_time
@@ -17,6 +18,13 @@ PROFILES = sorted(path.stem for path in (CONF / "hardware").glob("*.yaml"))
 @pytest.mark.parametrize("name", PROFILES)
 def test_every_profile_is_named_for_its_file(name: str) -> None:
     assert hardware(name).name == name
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_a_profile_s_peak_is_the_one_that_shares_are_of(name: str) -> None:
+    cluster = hardware(name)
+    assert cluster.peak_tflops == peak_tflops(f"NVIDIA {name.split('_')[0].upper()}")
+    cluster.check_precision("bf16-mixed" if cluster.has_bf16 else "16-mixed")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,26 @@ import pytest
 EXPERIMENT = Path(__file__).parents[3] / "experiments" / "03_scale"
 
 
+def test_measured_steps_are_put_beside_their_predictions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(EXPERIMENT)
+    compare = importlib.import_module("compare")
+    predictions = compare.read(EXPERIMENT / "predictions.csv")
+    guess = predictions[0]
+    measured = {key: guess[key] for key in compare.KEYS} | {
+        "implementation": "hydratron",
+        "precision": "bf16-mixed",
+        "step_ms": str(float(guess["predicted_step_ms"]) / 1.1),
+        "peak_memory_gib": guess["predicted_peak_memory_gib"],
+        "commit": "1a2b3c4",
+        "command": "hydratron benchmark",
+    }
+    peer = measured | {"implementation": "transformers"}
+    other = measured | {"batch": "7"}
+    (row,) = compare.join(predictions, [measured, peer, other, measured | {"precision": "fp8"}])
+    assert row["step_ms_error_percent"] == "+10.0"
+    assert row["peak_memory_gib_error_percent"] == "+0.0"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("table", ["A100", "V100", "V100 paper"])
 def test_published_rows_follow_from_the_one_gpu_row(
