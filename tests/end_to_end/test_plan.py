@@ -1,11 +1,14 @@
 """`hydratron plan` as a user calls it."""
 
+import json
+
 import pandas as pd
 import pytest
 
 from tests.end_to_end.conftest import result
 
 SMALL = ["size=mini", "data.global_batch_size=16", "hardware.gpus_per_node=2"]
+SINGLE = [*SMALL[:2], "hardware.gpus_per_node=1"]
 RECIPE = ["experiment=megatron_bert_3.9b", "hardware=a100_40gb"]
 
 
@@ -26,6 +29,20 @@ def test_a_plan_ranks_the_splits_and_leaves_its_files(in_process, tmp_path) -> N
     assert result(tmp_path / "run")["plan/step_ms"] == rows.step_ms.iloc[0]
 
 
+@pytest.mark.slow
+def test_a_benchmark_run_calibrates_the_cluster(in_process, tmp_path) -> None:
+    """Only the share of peak is fitted, so that what was measured comes out again."""
+    given = ["size=mini", "data.global_batch_size=64", "hardware.gpus_per_node=1", "rows=1"]
+    assert in_process("plan", *given, "hydra.run.dir=run").returncode == 0
+    predicted = result(tmp_path / "run")["plan/step_ms"]
+    measured = {"command": "benchmark", "status": "ok", "perf/step_ms": 1.02 * predicted}
+    (tmp_path / "run/result.json").write_text(json.dumps(measured))
+    done = in_process("plan", *given, "calibration=run", "hydra.run.dir=calibrated")
+    assert done.returncode == 0, done.stderr
+    found = result(tmp_path / "calibrated")["plan/step_ms"]
+    assert found == pytest.approx(1.02 * predicted, rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
@@ -36,7 +53,7 @@ def test_a_plan_ranks_the_splits_and_leaves_its_files(in_process, tmp_path) -> N
         (["hardware=v100_32gb"], "v100_32gb has no bf16; 16-mixed would work"),
         (["trainer.precision=fp8"], "trainer.precision 'fp8' is not one of"),
         (["calibration=nowhere"], "calibration=nowhere: no finished run of `hydratron benchmark`"),
-        ([*SMALL, "hardware.memory_gib=2.05"], "nothing fits 2 GPUs of 0.0 GiB: the least is"),
+        ([*SINGLE, "hardware.memory_gib=2.05"], "nothing fits 1 GPUs of 0.0 GiB: the least is"),
     ],
 )
 def test_wrong_input_is_one_line_and_status_2(in_process, overrides: list[str], line: str) -> None:

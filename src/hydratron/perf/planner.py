@@ -11,7 +11,7 @@ from hydratron.perf.step import StepConfig
 SHARDING_EXCLUDES = "16-mixed"  # optimizer.shard works with every other precision
 
 
-@dataclass(frozen=True)
+@dataclass
 class Plan:
     """Splits of one global batch over one cluster.
 

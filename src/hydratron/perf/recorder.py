@@ -27,13 +27,7 @@ _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
 _LOOKUPS = ("embedding", "gather", "index_select", "index")
 _SCATTERS = ("scatter_add", "embedding_dense_backward", "index_put")  # sums that do not fuse
 _OVERWRITES = ("copy_", "zero_", "fill_")
-_COLLECTIVES = {
-    "all_gather": "all_gather",
-    "allgather": "all_gather",
-    "reduce_scatter": "reduce_scatter",
-    "all_reduce": "all_reduce",
-    "allreduce": "all_reduce",
-}
+_COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce")
 
 
 def _mutated(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
@@ -190,7 +184,7 @@ class Recorder(TorchDispatchMode):
         if name == "wait_tensor":
             self._ids[outputs[0].untyped_storage()._cdata] = self.storage(inputs[0])
             self._alive.append(outputs[0].untyped_storage())
-        elif space in ("_c10d_functional", "c10d"):
+        elif space == "_c10d_functional":
             self._add_collective(name, args, inputs, outputs)
         elif name.startswith(_ATTENTION):
             self._add_attention(name, args, kwargs, inputs, outputs)
@@ -251,7 +245,7 @@ class Recorder(TorchDispatchMode):
     def _add_collective(
         self, name: str, args: tuple[Any, ...], inputs: list[Tensor], outputs: list[Tensor]
     ) -> None:
-        kind = next(k for prefix, k in _COLLECTIVES.items() if name.startswith(prefix))
+        kind = next(kind for kind in _COLLECTIVES if name.startswith(kind))
         axis = next(self._axes[a] for a in args if isinstance(a, str) and a in self._axes)
         sizes = [t.numel() * t.element_size() for t in (*inputs, *outputs)]
         self.add(

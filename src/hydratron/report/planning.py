@@ -44,17 +44,8 @@ def describe_replica(row: Row) -> str:
 
 def plan_table(rows: Sequence[Row], title: str, notes: Sequence[str]) -> Table:
     """The rows in their order, ranked."""
-    columns = [
-        "",
-        "TP",
-        "DP",
-        "micro-batch",
-        "recompute",
-        "sharded",
-        "step (ms)",
-        "TFLOP/s per GPU",
-    ]
-    columns += ["of peak (%)", "peak (GiB)", "days", "GPU-hours"]
+    columns = ["", "TP", "DP", "micro-batch", "recompute", "sharded", "step (ms)"]
+    columns += ["TFLOP/s per GPU", "of peak (%)", "peak (GiB)", "days", "GPU-hours"]
     cells = [
         [
             str(rank),
@@ -114,7 +105,7 @@ def show_plan(
     if len(too_big) > 3:
         notes.append(f"Too big: {len(too_big) - 3} more, in plan.csv")
     print_table(plan_table(fitting[:num_shown], title, [*notes, *impossible]), console)
-    bars = [*fitting[: num_shown - 2], *too_big[:2]]
+    bars = [*fitting[:num_shown], *too_big[:2]]
     pd.DataFrame(rows).to_csv(directory / "plan.csv", index=False)
     pd.DataFrame(scaling).to_csv(directory / "scaling.csv", index=False)
     return [
