@@ -22,7 +22,8 @@ def compiled_networks(rank: int, world_size: int) -> dict[str, float]:
     group = dist.group.WORLD
     assert group is not None
     found = {}
-    for family, layernorm, recompute in (("bert", "pre", "none"), ("gpt2", "post", "full")):
+    cases = (("bert", "pre", "none"), ("gpt2", "pre", "selective"), ("gpt2", "post", "full"))
+    for family, layernorm, recompute in cases:
         config = tiny_config(family=family, layernorm=layernorm, recompute=recompute, num_layers=1)
         batch = batch_for(config, batch_size=3, seq_len=5, padded=True)  # T is padded too
         _, network = twins(config, group)

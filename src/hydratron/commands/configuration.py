@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
 
+import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pytorch_lightning.plugins.environments import (
@@ -15,6 +16,7 @@ from pytorch_lightning.plugins.environments import (
 )
 
 from hydratron.processes import is_external_launch
+from hydratron.training.trainer import TrainerConfig
 
 ConfigT = TypeVar("ConfigT")
 
@@ -41,6 +43,18 @@ def build(cls: type[ConfigT], node: Mapping[str, Any], *, name: str) -> ConfigT:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{name}.{getattr(error, 'full_key', '')}: {reason}") from error
     return values
+
+
+def check_devices(trainer: TrainerConfig, world_size: int) -> None:
+    """Raise ValueError where this machine has fewer GPUs than a node of the job needs.
+
+    Under srun or torchrun the launcher has given each process its own.
+    """
+    needed = trainer.local_devices(world_size)
+    if trainer.accelerator == "gpu" and not is_external_launch():
+        found = torch.cuda.device_count()
+        if found < needed:
+            raise ValueError(f"the job needs {needed} GPUs a node and this machine has {found}")
 
 
 def cluster_environment() -> ClusterEnvironment:

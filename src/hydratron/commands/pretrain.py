@@ -9,7 +9,7 @@ from pytorch_lightning.loggers import Logger
 
 from hydratron.checkpoint.sharded import CheckpointError, load_loop_state, newest_checkpoint
 from hydratron.checkpoint.source import TOKENIZER
-from hydratron.commands.configuration import build, cluster_environment
+from hydratron.commands.configuration import build, check_devices, cluster_environment
 from hydratron.commands.tracking import note, tracked
 from hydratron.launch import JobFailed
 from hydratron.models.config import ModelConfig
@@ -40,7 +40,7 @@ def prepare(config: Mapping[str, Any]) -> PretrainJob:
     optimizer = build(OptimizerConfig, config["optimizer"], name="optimizer")
     trainer = build(TrainerConfig, config["trainer"], name="trainer")
     parallel = build(ParallelConfig, config["parallel"], name="parallel")
-    trainer.local_devices(parallel.world_size)
+    check_devices(trainer, parallel.world_size)
     model.check_tensor_parallel(parallel.tensor_parallel_size)
     if optimizer.shard and trainer.precision == "16-mixed":
         raise ValueError("optimizer.shard works with every trainer.precision but 16-mixed")

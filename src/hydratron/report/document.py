@@ -6,10 +6,11 @@ from pathlib import Path
 from rich.console import Console
 
 from hydratron.report.figures import draw_figures
-from hydratron.report.groups import split_sections
+from hydratron.report.groups import Section, split_sections
 from hydratron.report.html import render_page
 from hydratron.report.published import seed_table
 from hydratron.report.runs import Collection
+from hydratron.report.speed import speed_tables, write_rows
 from hydratron.report.tables import (
     Table,
     print_table,
@@ -29,11 +30,19 @@ class Written:
     figures: list[Path]
 
 
+def section_tables(section: Section) -> list[Table]:
+    """The tables of a section: of a benchmark its rows, of everything else the summary."""
+    if section.command == "benchmark" and (tables := speed_tables(section)):
+        return tables
+    return [summary_table(section)]
+
+
 def print_summary(collection: Collection, console: Console, *, against_seed: bool = False) -> None:
     """Tables, then the status of the jobs with a line for each that is not ok."""
     sections = split_sections(collection)
     for section in sections:
-        print_table(summary_table(section), console)
+        for table in section_tables(section):
+            print_table(table, console)
         if against_seed and (table := seed_table(section)):
             console.print()
             print_table(table, console)
@@ -49,7 +58,9 @@ def write_report(collection: Collection, output: Path, *, against_seed: bool = F
     sections = split_sections(collection)
     parts, figures = [], []
     for section in sections:
-        tables: list[Table] = [summary_table(section)]
+        tables = section_tables(section)
+        if section.command == "benchmark":
+            write_rows(section, output / "speed.csv")
         if against_seed and (table := seed_table(section)):
             tables.append(table)
         prefix = f"{section.command}_" if len(sections) > 1 else ""

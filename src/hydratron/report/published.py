@@ -5,6 +5,7 @@ Source of every number: "State-of-the-Art Language Modeling Using Megatron on th
 """
 
 from hydratron.report.groups import Group, Section, Spread, format_number, name_value
+from hydratron.report.speed import OURS, section_rows, weak_scaling
 from hydratron.report.tables import Table
 
 SOURCE = '"State-of-the-Art Language Modeling Using Megatron on the NVIDIA A100 GPU" (NVIDIA, 2020)'
@@ -162,25 +163,28 @@ def _weak_scaling(section: Section) -> Table:
         ]
         for b, tp, scaling, tflops, peak in WEAK_SCALING
     ]
-    spreads = [group.spread("perf/tflops_per_gpu") for group in section.groups]
-    first = next((spread.median for spread in spreads if spread), None)
-    for group, spread in zip(section.groups, spreads, strict=True):
-        row = [
-            f"ours: {group.label}",
-            _num_parameters(group),
-            _value(group, "tensor_parallel_size"),
-        ]
-        measured = (
-            [f"{spread.median:.3g}", f"{100 * spread.median / first:.1f}"]
-            if spread and first
-            else ["–", "–"]
+    ours = [r for r in section_rows(section) if r["implementation"] == OURS]
+    ours = sorted(
+        (r for r in ours if r["model"] == "gpt2"), key=lambda r: r["tensor_parallel_size"]
+    )
+    for row in ours:
+        first = next(r for r in ours if r["precision"] == row["precision"])
+        scaling, mfu = weak_scaling(row, first), row["mfu"]
+        rows.append(
+            [
+                f"ours: {row['size']} {row['precision']}, {row['device']}",
+                count_parameters(float(row["num_parameters"])),
+                str(row["tensor_parallel_size"]),
+                f"{row['tflops_per_gpu']:.3g}",
+                f"{100 * scaling.flops:.1f}",
+                f"{100 * scaling.parameters:.1f}",
+                "–" if mfu is None else f"{100 * mfu:.1f}",
+            ]
         )
-        scaling, peak = (
-            _spread(group, (f"perf/{name}",)) for name in ("weak_scaling", "peak_share")
-        )
-        shares = [f"{100 * s.median:.1f}" if s else "–" for s in (scaling, peak)]
-        rows.append([*row, *measured, *shares])
-    note = "The seed does not define its weak scaling; it is not its ratio of TFLOP/s."
+    note = (
+        "The seed does not define its weak scaling, and it is not its ratio of TFLOP/s; ours is"
+        " parameters per GPU and second over the first row's, which fits its later tables."
+    )
     return Table(
         "Beside the seed's Table 4: weak scaling", columns, rows, notes=[note, f"Source: {SOURCE}"]
     )

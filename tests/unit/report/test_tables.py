@@ -100,14 +100,3 @@ def test_finetuning_stands_beside_tables_2_and_3(writer):
     assert len(table.rows) == 6 + 2 + 1
     assert table.rows[5][1:3] == ["91.4 / 91.4", "92.7"]
     assert table.rows[-1] == ["ours: median", "–", "91.5", "82.0 / 72.0", "–", "–"]
-
-
-def test_benchmarks_stand_beside_table_4(writer):
-    for size, tflops in {1: 400.0, 8: 300.0}.items():
-        result = {"command": "benchmark", "tensor_parallel_size": size, "num_parameters": 1.2e9}
-        overrides = {"parallel": f"tp{size}"}
-        writer.run(str(size), overrides, result=result | {"perf/tflops_per_gpu": tflops})
-    (section,) = split_sections(load_runs([writer.root]))
-    table = seed_table(section)
-    assert table.rows[3] == ["Megatron-GPT2, A100", "8.7B", "8", "85", "76.6", "79.6", "27.2"]
-    assert table.rows[-1][:5] == ["ours: parallel tp8", "1.2B", "8", "300", "75.0"]

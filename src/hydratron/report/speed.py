@@ -1,0 +1,187 @@
+"""Benchmarks: a row for each configuration and its peer, and how throughput scales."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from hydratron.report.groups import Section
+from hydratron.report.runs import Run
+from hydratron.report.tables import Table
+
+OURS = "hydratron"
+Row = dict[str, Any]
+BREAKDOWN = ("matrix_products", "attention", "other_kernels", "exposed_communication", "idle")
+# What is not in result.json under its own name.
+SETTINGS = {
+    "precision": "trainer.precision",
+    "recompute": "model.recompute",
+    "dropout": "model.hidden_dropout",
+}
+RATES = (
+    "step_ms",
+    "step_ms_low",
+    "step_ms_high",
+    "tokens_per_second",
+    "sequences_per_second",
+    "tflops_per_gpu",
+    "tflops_per_gpu_with_recomputation",
+    "mfu",
+    "peak_memory_gib",
+    "lightning_overhead",
+    *(f"breakdown/{kind}_ms" for kind in BREAKDOWN),
+)
+SHAPE = (
+    "model",
+    "size",
+    "layernorm",
+    "precision",
+    "recompute",
+    "tensor_parallel_size",
+    "data_parallel_size",
+    "batch",
+    "seq_len",
+    "dropout",
+)
+
+
+def speed_rows(run: Run) -> list[Row]:
+    """Return what a benchmark measured: a row for our step and, if there was one, the peer's.
+
+    `mfu` is a fraction of the device's 16-bit peak, times are in ms, memory in GiB.
+    """
+    shape = {key: run.value(SETTINGS.get(key, key)) for key in SHAPE}
+    shape["num_parameters"] = run.result.get("num_parameters")
+    peer = run.value("timing.peer") or "peer"
+    rows = []
+    for prefix, name in (("perf", OURS), ("peer", peer)):
+        found = {key: run.result.get(f"{prefix}/{key}") for key in RATES}
+        if found["step_ms"] is not None:
+            rows.append(shape | {"implementation": name} | found)
+    settings = " ".join(f"{key}={value}" for key, value in run.overrides.items())
+    for row in rows:
+        row |= {"device": run.result.get("device"), "commit": run.result.get("git_commit")}
+        row["command"] = f"hydratron {run.command} {settings}"
+    return rows
+
+
+def section_rows(section: Section) -> list[Row]:
+    """Return the rows of every finished run of a section."""
+    return [row for run in section.runs for row in speed_rows(run)]
+
+
+def write_rows(section: Section, path: Path) -> None:
+    """Write the rows of a section as CSV."""
+    pd.DataFrame(section_rows(section)).to_csv(path, index=False, float_format="%.6g")
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Throughput beside that of the first row: three definitions, as fractions.
+
+    `flops`: TFLOP/s per GPU over the first row's. `parameters`: parameters per GPU and second over
+    the first row's, which reproduces Megatron's published table. `time`: the first row's step time
+    over this one's.
+    """
+
+    flops: float
+    parameters: float
+    time: float
+
+
+def weak_scaling(row: Row, first: Row) -> Scaling:
+    """Return how `row` scales against `first`, where each tensor-parallel GPU has its own share."""
+
+    def parameters_per_second(r: Row) -> float:
+        return r["num_parameters"] / r["tensor_parallel_size"] / r["step_ms"]
+
+    return Scaling(
+        flops=row["tflops_per_gpu"] / first["tflops_per_gpu"],
+        parameters=parameters_per_second(row) / parameters_per_second(first),
+        time=first["step_ms"] / row["step_ms"],
+    )
+
+
+def _number(value: float | None, form: str, *, factor: float = 1.0) -> str:
+    return "–" if value is None else format(factor * value, form)
+
+
+def _name(row: Row) -> str:
+    name = f"{row['model']} {row['size']} {row['layernorm']}, {row['precision']}"
+    if row["recompute"] != "none":
+        name += f", recompute {row['recompute']}"
+    return name if row["implementation"] == OURS else f"{row['implementation']}: {name}"
+
+
+def _grid(row: Row) -> str:
+    return f"{row['tensor_parallel_size']} x {row['data_parallel_size']}"
+
+
+def speed_tables(section: Section) -> list[Table]:
+    """Return the table of steps, where the time goes, and scaling where there is any."""
+    rows = section_rows(section)
+    return [_steps(rows), *_breakdown(rows), *_scaling(rows)] if rows else []
+
+
+def _steps(rows: Sequence[Row]) -> Table:
+    columns = ["", "TP x DP", "batch", "step (ms)", "quartiles", "sequences/s", "TFLOP/s per GPU"]
+    columns += ["with recomputation", "of peak (%)", "memory (GiB)", "Lightning (%)"]
+    cells = [
+        [
+            _name(row),
+            _grid(row),
+            f"{row['batch']} x {row['seq_len']}",
+            _number(row["step_ms"], ".2f"),
+            f"{row['step_ms_low']:.2f} – {row['step_ms_high']:.2f}",
+            _number(row["sequences_per_second"], ".1f"),
+            _number(row["tflops_per_gpu"], ".4g"),
+            _number(row["tflops_per_gpu_with_recomputation"], ".4g"),
+            _number(row["mfu"], ".1f", factor=100),
+            _number(row["peak_memory_gib"], ".1f"),
+            _number(row["lightning_overhead"], ".1f", factor=100),
+        ]
+        for row in rows
+    ]
+    notes = [
+        "Medians. TFLOP/s: model FLOPs, three passes; 'with recomputation' counts the layers a"
+        " fourth time, as Megatron's 96-formula does, whether or not anything is recomputed",
+        "Lightning: how much longer the step takes than a bare loop over the same network",
+    ]
+    return Table("benchmark: training steps", columns, cells, notes=notes)
+
+
+def _breakdown(rows: Sequence[Row]) -> list[Table]:
+    names = [f"breakdown/{kind}_ms" for kind in BREAKDOWN]
+    cells = [
+        [_name(row), str(row["tensor_parallel_size"]), *(_number(row[n], ".1f") for n in names)]
+        for row in rows
+        if any(row[name] is not None for name in names)
+    ]
+    columns = ["ms a step", "TP", *(kind.replace("_", " ") for kind in BREAKDOWN)]
+    return [Table("benchmark: where the time goes", columns, cells)] if cells else []
+
+
+def _num_gpus(row: Row) -> int:
+    return row["tensor_parallel_size"] * row["data_parallel_size"]
+
+
+def _scaling(rows: Sequence[Row]) -> list[Table]:
+    alike: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row["implementation"] == OURS:
+            alike.setdefault((row["model"], row["precision"]), []).append(row)
+    tables = []
+    for (model, precision), part in alike.items():
+        first = min(part, key=_num_gpus)
+        if _num_gpus(first) > 1 or max(map(_num_gpus, part)) == 1:
+            continue
+        cells = []
+        for row in part:
+            scaling = weak_scaling(row, first)
+            shares = (scaling.flops, scaling.parameters, scaling.time)
+            cells.append([row["size"], _grid(row), *(f"{100 * share:.1f}" for share in shares)])
+        columns = ["size", "TP x DP", "by TFLOP/s (%)", "by parameters (%)", "by step time (%)"]
+        tables.append(Table(f"benchmark: weak scaling, {model} {precision}", columns, cells))
+    return tables

@@ -1,0 +1,69 @@
+"""`hydratron benchmark` on the CPU: the steps are real, so the path is never dead."""
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.conftest import result
+
+SMALL = [
+    "size=tiny",
+    "model.num_layers=2",
+    "data.tokenizer=character",
+    "data.global_batch_size=4",
+    "data.seq_len=16",
+    "timing.warmup_steps=1",
+    "timing.steps=3",
+    "timing.profile_steps=1",
+    "hydra.run.dir=run",
+]
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.mark.parametrize(("model", "layernorm"), [("gpt2", "pre"), ("bert", "post")])
+def test_a_peer_of_the_same_shape_stands_beside(
+    in_process: Run, tmp_path: Path, model: str, layernorm: str
+) -> None:
+    peer = [f"model={model}", f"layernorm={layernorm}", "timing.peer=transformers"]
+    done = in_process("benchmark", *SMALL, *peer)
+    assert done.returncode == 0, done.stderr
+    found = result(tmp_path / "run")
+    assert found["device"] == "CPU"
+    for side in ("perf", "peer"):
+        assert found[f"{side}/step_ms_low"] <= found[f"{side}/step_ms"]
+        assert found[f"{side}/step_ms"] <= found[f"{side}/step_ms_high"]
+        tokens = 4 * 16 / found[f"{side}/step_ms"] * 1e3
+        assert found[f"{side}/tokens_per_second"] == pytest.approx(tokens)
+        assert found[f"{side}/tflops_per_gpu"] > 0
+    ratio = found["peer/step_ms"] / found["perf/step_ms"]
+    assert found["perf/ratio_to_peer"] == pytest.approx(ratio)
+    overhead = found["perf/step_ms"] / found["perf/bare_step_ms"] - 1
+    assert found["perf/lightning_overhead"] == pytest.approx(overhead)
+    assert "perf/mfu" not in found  # nobody publishes a CPU's peak
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_two_ranks_are_timed_as_one(hydratron: Run, tmp_path: Path) -> None:
+    done = hydratron("benchmark", *SMALL, "parallel=tp2")
+    assert done.returncode == 0, done.stderr
+    found = result(tmp_path / "run")
+    assert found["tensor_parallel_size"] == 2
+    assert found["perf/step_ms"] > 0
+    assert found["perf/bare_step_ms"] > 0
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("timing.steps=1", "timing.steps 1 is not at least 2"),
+        ("timing.peer=megatron", "timing.peer 'megatron' is not transformers or null"),
+        ("parallel=tp2 timing.peer=transformers", "it needs parallel=single"),
+    ],
+)
+def test_what_cannot_be_timed_is_one_line(in_process: Run, override: str, message: str) -> None:
+    done = in_process("benchmark", *SMALL, *override.split())
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
