@@ -67,3 +67,14 @@ def test_what_cannot_be_timed_is_one_line(in_process: Run, override: str, messag
     assert done.returncode == 2
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_table_4_at_eight_ranks(hydratron: Run, tmp_path: Path) -> None:
+    """Eight-way tensor parallel, as its last row, in the size of a CPU."""
+    experiment = ["experiment=table4", "+num_gpus.tiny=8", "model.num_heads=8", "trainer=cpu"]
+    done = hydratron("benchmark", *experiment, *SMALL, "data.num_workers=0")
+    assert done.returncode == 0, done.stderr
+    found = result(tmp_path / "run")
+    assert found["tensor_parallel_size"] == 8
+    assert found["perf/step_ms"] > 0
