@@ -96,6 +96,7 @@ class Job:
             dtype=self.dtype or trainer_config.parameter_dtype,
             compile=trainer_config.compile,
             fp8=trainer_config.precision == "fp8",
+            cuda_graphs=trainer_config.cuda_graphs,
         )
         samples = PretrainingData(data, model, seed=self.seed, num_steps=self.max_steps)
         return trainer, module, samples, metrics

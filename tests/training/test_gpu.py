@@ -1,5 +1,6 @@
 """The same training on a GPU: equal losses, no hidden waiting, every precision."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -69,6 +70,27 @@ def test_a_bf16_step_never_waits_for_the_gpu(tmp_path: Path, compiled: bool) -> 
     settings = GPU | {"precision": "bf16-mixed", "log_every": 10, "compile": compiled}
     losses(Job(tmp_path, max_steps=20, trainer=settings), [guard])
     assert guard.num_guarded >= 14
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_replayed_steps_are_those_launched_one_by_one(tmp_path: Path, compiled: bool) -> None:
+    """Warmup: the learning rate changes from step to step, and the norm is clipped."""
+    settings = GPU | {"compile": compiled, "precision": "bf16-mixed"}
+    optimizer = {"warmup_steps": 8, "clip": 0.5}
+    one = losses(Job(tmp_path / "one", max_steps=20, trainer=settings, optimizer=optimizer))
+    graphs = settings | {"cuda_graphs": True}
+    other = losses(Job(tmp_path / "two", max_steps=20, trainer=graphs, optimizer=optimizer))
+    assert other == pytest.approx(one, abs=2e-3)  # atomic additions in bf16's backward
+
+
+def test_replayed_dropout_is_drawn_anew_at_every_step(tmp_path: Path) -> None:
+    """Nothing is learnt: what sets the two runs apart is dropout alone."""
+    optimizer = {"lr": 1e-12}
+    job = Job(tmp_path, max_steps=12, trainer=GPU | {"cuda_graphs": True}, optimizer=optimizer)
+    plain = losses(job)
+    dropout = {"hidden_dropout": 0.3}
+    dropped = losses(dataclasses.replace(job, run_dir=tmp_path / "dropped", model=dropout))
+    assert len({round(a - b, 6) for a, b in zip(dropped, plain, strict=True)}) == 12
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])

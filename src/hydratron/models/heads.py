@@ -56,7 +56,7 @@ class _TaskNetwork(nn.Module):
         self.dropout = ReplicatedDropout(dropout)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the encoder for batches of any length."""
+        """Compile the encoder, for batches of any length."""
         self.encoder.compile(*args, **({"dynamic": True} | kwargs))
 
     def encode(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

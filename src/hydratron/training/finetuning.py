@@ -239,21 +239,28 @@ class ExampleRate(Callback):
     """
 
     def __init__(self) -> None:
-        self.rows = self.total_rows = self.intervals = 0
+        self.total_rows = self.intervals = 0
         self.total_seconds = 0.0
-        self.started = time.perf_counter()
+        self._restart()
 
     @property
     def mean(self) -> float | None:
         """Examples per second over the run so far."""
         return self.total_rows / self.total_seconds if self.total_seconds else None
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
-        if self.rows == 0:
-            self.started = time.perf_counter()
+    def _restart(self, *_: Any) -> None:
+        self.started, self.rows = time.perf_counter(), 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restart()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.rows = 0
+        self._restart()
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: Any
+    ) -> None:
+        self._restart()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -268,7 +275,7 @@ class ExampleRate(Callback):
         if self.intervals > 1:
             self.total_rows += self.rows
             self.total_seconds += seconds
-        self.rows = 0
+        self._restart()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,6 +319,8 @@ def finetune(
         log_layer_norms=job.trainer.log_layer_norms,
         max_skipped_steps=job.trainer.max_skipped_steps,
         compile=job.trainer.compile,
+        # a model of transformers may wait for the device anywhere
+        cuda_graphs=job.trainer.cuda_graphs and isinstance(job.source, PretrainedBert),
     )
     checkpoint = newest_checkpoint(directory)
     if checkpoint is not None:

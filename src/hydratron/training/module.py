@@ -21,6 +21,7 @@ from hydratron.parallel.mappings import all_reduce
 from hydratron.parallel.mesh import ParallelMesh
 from hydratron.parallel.placement import reduce_partial_gradients
 from hydratron.training.optimisation import OptimizerConfig, build_optimizer, skip_if_not_finite
+from hydratron.training.step_graphs import StepGraphs
 from hydratron.training.strategy import TensorParallelStrategy
 
 
@@ -74,6 +75,8 @@ class TrainingModule(LightningModule):
         dtype: of the parameters.
         compile: compile the network's forward pass.
         fp8: matrix products inside the Transformer in 8 bits.
+        cuda_graphs: replay whole steps as CUDA graphs, where one GPU computes them without a loss
+            scaler; the network must not wait for the device.
     """
 
     def __init__(
@@ -90,6 +93,7 @@ class TrainingModule(LightningModule):
         dtype: torch.dtype = torch.float32,
         compile: bool = False,
         fp8: bool = False,
+        cuda_graphs: bool = False,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -99,6 +103,8 @@ class TrainingModule(LightningModule):
         self.log_layer_norms = log_layer_norms
         self.max_skipped_steps = max_skipped_steps
         self.parameter_dtype, self.compile_network, self.fp8 = dtype, compile, fp8
+        self.cuda_graphs = cuda_graphs
+        self.graphs: StepGraphs | None = None
         self.last_metrics: dict[str, float] = {}
         self.validated_step = -1
         self.network: Any = None
@@ -154,8 +160,48 @@ class TrainingModule(LightningModule):
         parts = zip(*(x.split(self.micro_batch_size) for x in batch.values()), strict=True)
         return [dict(zip(batch, part, strict=True)) for part in parts]
 
+    def on_train_start(self) -> None:
+        is_alone = self.strategy.root_device.type == "cuda" and self.strategy.world_size == 1
+        if self.cuda_graphs and is_alone and self._scaler is None:
+            found = [getattr(module, "generator", None) for module in self.network.modules()]
+            self.graphs = StepGraphs(
+                self._gradients,
+                self.optimizers().optimizer,  # pyright: ignore
+                [generator for generator in found if generator is not None],
+            )
+
+    def on_train_end(self) -> None:
+        self.graphs = None  # with the memory they hold
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Forward and backward over the micro-batches, then one optimizer step."""
+        """One optimizer step."""
+        optimizer, schedule = self.optimizers(), self.lr_schedulers()
+        learning_rate = optimizer.param_groups[0]["lr"]  # pyright: ignore
+        if self.graphs is None:
+            totals, norm, squares = self._gradients(batch)
+            optimizer.step()  # pyright: ignore
+            optimizer.zero_grad()  # pyright: ignore
+        else:
+            totals, norm, squares = self.graphs(batch)
+            optimizer.step(updated=True)  # pyright: ignore
+        schedule.step()  # pyright: ignore
+        if self.trainer.global_step % self.log_every == 0:
+            layers = layer_gradient_norms(squares) if self.log_layer_norms else {}
+            metrics = {f"train/grad_norm/{name}": layer for name, layer in layers.items()}
+            metrics |= {"train/grad_norm": norm, "train/learning_rate": learning_rate}
+            self._log_step(totals, metrics)
+
+    @property
+    def _scaler(self) -> Any:
+        return getattr(self.strategy.precision_plugin, "scaler", None)
+
+    def _gradients(
+        self, batch: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
+        """Forward and backward over the micro-batches, and clipping.
+
+        Returns the losses, the norm before clipping and its squared parts by parameter.
+        """
         counts = self._counts(batch)
         micro_batches = self.micro_batches(batch)
         totals: dict[str, Tensor] = {}
@@ -163,7 +209,17 @@ class TrainingModule(LightningModule):
             with self.strategy.block_backward_sync():
                 self._accumulate(micro_batch, counts, totals)
         self._accumulate(micro_batches[-1], counts, totals)
-        self._optimizer_step(totals)
+        optimizer, scaler = self.optimizers(), self._scaler
+        reduce_partial_gradients(self.network, self.mesh.tp_group)
+        if scaler is not None:
+            scaler.unscale_(optimizer.optimizer)  # pyright: ignore
+        squares = squared_gradient_norms(self.network, self.mesh.tp_group)
+        norm = clip_grad_norm(self.network, squares, max_norm=self.optimizer_config.clip)
+        if scaler is None:
+            self.skipped_steps += skip_if_not_finite(optimizer.optimizer, norm)  # pyright: ignore
+        else:  # an overflow is the scaler's to skip and nothing to count; a bad loss is
+            self.skipped_steps += (~torch.stack(list(totals.values())).isfinite()).any()
+        return totals, norm, squares
 
     def _accumulate(
         self, micro_batch: dict[str, Tensor], counts: dict[str, Tensor], totals: dict[str, Tensor]
@@ -176,28 +232,6 @@ class TrainingModule(LightningModule):
         )
         for key, value in losses.items():
             totals[key] = totals.get(key, 0.0) + value.detach()
-
-    def _optimizer_step(self, totals: dict[str, Tensor]) -> None:
-        optimizer, schedule = self.optimizers(), self.lr_schedulers()
-        reduce_partial_gradients(self.network, self.mesh.tp_group)
-        scaler = getattr(self.strategy.precision_plugin, "scaler", None)
-        if scaler is not None:
-            scaler.unscale_(optimizer.optimizer)  # pyright: ignore
-        squares = squared_gradient_norms(self.network, self.mesh.tp_group)
-        norm = clip_grad_norm(self.network, squares, max_norm=self.optimizer_config.clip)
-        if scaler is None:
-            self.skipped_steps += skip_if_not_finite(optimizer.optimizer, norm)  # pyright: ignore
-        else:  # an overflow is the scaler's to skip and nothing to count; a bad loss is
-            self.skipped_steps += (~torch.stack(list(totals.values())).isfinite()).any()
-        learning_rate = optimizer.param_groups[0]["lr"]  # pyright: ignore
-        optimizer.step()  # pyright: ignore
-        optimizer.zero_grad()  # pyright: ignore
-        schedule.step()  # pyright: ignore
-        if self.trainer.global_step % self.log_every == 0:
-            layers = layer_gradient_norms(squares) if self.log_layer_norms else {}
-            metrics = {f"train/grad_norm/{name}": layer for name, layer in layers.items()}
-            metrics |= {"train/grad_norm": norm, "train/learning_rate": learning_rate}
-            self._log_step(totals, metrics)
 
     def _log_step(self, totals: dict[str, Tensor], metrics: dict[str, Any]) -> None:
         if self.mesh.dp_group is not None:

@@ -160,6 +160,18 @@ class TensorParallelStrategy(ParallelStrategy):
         replica = self._replica
         return replica.no_sync() if isinstance(replica, DistributedDataParallel) else nullcontext()
 
+    def optimizer_step(
+        self,
+        optimizer: Any,
+        closure: Any,
+        model: Any = None,
+        *,
+        updated: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Update the parameters, unless a replayed graph has: the step then only counts."""
+        return None if updated else super().optimizer_step(optimizer, closure, model, **kwargs)
+
     def model_to_device(self) -> None:
         """Bring the parameters back: Lightning's teardown after `fit` moves them to the CPU."""
         assert self.lightning_module is not None

@@ -17,7 +17,7 @@ from hydratron.parallel.mesh import ParallelMesh
 from hydratron.training.strategy import TensorParallelStrategy
 from hydratron.training.tasks import Split, Task
 
-PAD_MULTIPLE = 8  # tensor cores, and fewer shapes to compile
+PAD_MULTIPLE = 16  # tensor cores, and few shapes to capture
 
 
 @dataclass(frozen=True)
