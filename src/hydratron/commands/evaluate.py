@@ -19,6 +19,7 @@ def prepare(config: Mapping[str, Any]) -> Job:
     parallel = build(ParallelConfig, config["parallel"], name="parallel")
     trainer = build(TrainerConfig, config["trainer"], name="trainer")
     trainer.local_devices(parallel.world_size)
+    trainer.check_float32_weights("evaluate")
     if config["runs"]:
         return ensemble(config)
     is_zero_shot = "zeroshot" in config["task"].get("_target_", "")

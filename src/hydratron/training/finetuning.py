@@ -280,7 +280,11 @@ class ExampleRate(Callback):
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneJob:
-    """A checked job: everything is read that needs no process group."""
+    """A checked job: everything is read that needs no process group.
+
+    Raises:
+        ValueError: `trainer.precision` is one of pretraining alone.
+    """
 
     trainer: TrainerConfig
     parallel: ParallelConfig
@@ -288,6 +292,9 @@ class FinetuneJob:
     source: Any
     data: TaskData
     seed: int
+
+    def __post_init__(self) -> None:
+        self.trainer.check_float32_weights("finetune")
 
 
 def finetune(

@@ -75,8 +75,8 @@ class TrainingModule(LightningModule):
         dtype: of the parameters.
         compile: compile the network's forward pass.
         fp8: matrix products inside the Transformer in 8 bits.
-        cuda_graphs: replay whole steps as CUDA graphs, where one GPU computes them without a loss
-            scaler; the network must not wait for the device.
+        cuda_graphs: replay whole steps as CUDA graphs, where one GPU computes them with float32
+            weights and no loss scaler; the network must not wait for the device.
     """
 
     def __init__(
@@ -162,7 +162,8 @@ class TrainingModule(LightningModule):
 
     def on_train_start(self) -> None:
         is_alone = self.strategy.root_device.type == "cuda" and self.strategy.world_size == 1
-        if self.cuda_graphs and is_alone and self._scaler is None:
+        is_plain = self._scaler is None and self.parameter_dtype == torch.float32
+        if self.cuda_graphs and is_alone and is_plain:
             found = [getattr(module, "generator", None) for module in self.network.modules()]
             self.graphs = StepGraphs(
                 self._gradients,

@@ -91,6 +91,14 @@ class TrainerConfig:
         """What Lightning is told: it keeps out of weights that are bf16 already."""
         return self.precision if self.precision.endswith("mixed") else "32-true"
 
+    def check_float32_weights(self, command: str) -> None:
+        """Raise ValueError where `precision` has weights of 16 bits, and `command` has not."""
+        if self.parameter_dtype != torch.float32:
+            raise ValueError(
+                f"trainer.precision {self.precision} is for pretraining: {command} runs in"
+                " 32-true, bf16-mixed or 16-mixed"
+            )
+
     def local_devices(self, world_size: int) -> int:
         """Return the processes of one node.
 
