@@ -10,22 +10,11 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 from hydratron import launch
-from hydratron.training.protocol import Scored, best, median, read_sweep, summarize
+from hydratron.training.protocol import Protocol
 
 SEEDS = "1,2,3,4,5"
-
-
-def is_grid(value: str) -> bool:
-    """Whether Hydra would sweep over this value: a comma outside of any bracket, or a function."""
-    depth = 0
-    for character in value:
-        depth += (character in "[{(") - (character in "]})")
-        if character == "," and depth == 0:
-            return True
-    return value.startswith(("choice(", "range(", "glob("))
 
 
 def main(arguments: list[str]) -> None:
@@ -37,66 +26,16 @@ def main(arguments: list[str]) -> None:
     now = datetime.datetime.now().strftime("%Y-%m-%d/%H-%M-%S")
     output = Path(given.pop("output", f"outputs/protocol/{now}"))
     seeds = given.pop("seed", SEEDS)
-    grid = [key for key, value in given.items() if is_grid(value)]
-    chosen: dict[str, str] = {}
-    if grid:
-        first = seeds.partition(",")[0]
-        winner = best(sweep(given | {"seed": first}, output / "grid"))
-        chosen = {key: str(winner.result["overrides"][key]) for key in grid}
-        print(f"best of the grid: {settings(chosen)}  {winner.score:.4f}", flush=True)
-    runs = sweep(given | chosen | {"seed": seeds}, output / "seeds")
-    summary: dict[str, Any] = {"chosen": chosen} | summarize(runs)
-    summary["ensemble"] = ensemble(runs, output)
-    if "task.test_path" in given:
-        summary |= test(runs, output)
+    protocol = Protocol(output, hydratron)
+    chosen = protocol.choose(given, seeds.partition(",")[0])
+    if chosen:
+        print("best of the grid:", *(f"{k}={v}" for k, v in chosen.items()), flush=True)
+    summary = {"chosen": chosen} | protocol.score(given | chosen, seeds)
     (output / "protocol.json").write_text(json.dumps(summary, indent=2) + "\n")
-    metric = summary["selection_metric"]
-    spread = f"{min(summary['scores']):.4f} to {max(summary['scores']):.4f}"
-    print(f"median of {len(runs)} seeds: {metric} {summary[metric]:.4f} ({spread})")
+    metric, scores = summary["selection_metric"], summary["scores"]
+    spread = f"{min(scores):.4f} to {max(scores):.4f}"
+    print(f"median of {len(scores)} seeds: {metric} {summary[metric]:.4f} ({spread})")
     print(output / "protocol.json")
-
-
-def settings(given: dict[str, str]) -> str:
-    """Return overrides as they are typed."""
-    return " ".join(f"{key}={value}" for key, value in given.items())
-
-
-def sweep(given: dict[str, str], directory: Path) -> list[Scored]:
-    """Finetune every point of a sweep, or what is missing of it."""
-    if (directory / "multirun.yaml").is_file():
-        hydratron("finetune", "-m", f"resume={directory}")
-    else:
-        overrides = [f"{key}={value}" for key, value in given.items()]
-        hydratron("finetune", "-m", *overrides, f"hydra.sweep.dir={directory}")
-    return read_sweep(directory)
-
-
-def ensemble(runs: list[Scored], output: Path) -> dict[str, Any]:
-    """Score the mean of all seeds on the development set."""
-    paths = ",".join(str(run.path) for run in runs)
-    return evaluate(output / "ensemble", f"runs=[{paths}]")
-
-
-def test(runs: list[Scored], output: Path) -> dict[str, Any]:
-    """Score the median's checkpoint and the ensemble on the test set."""
-    folders = [output / "test" / run.path.name for run in runs]
-    found = [
-        evaluate(folder, f"checkpoint={run.path}", "split=test")
-        for run, folder in zip(runs, folders, strict=True)
-    ]
-    paths = ",".join(map(str, folders))
-    mean = evaluate(output / "test_ensemble", f"runs=[{paths}]", "split=test")
-    return found[runs.index(median(runs))] | {"test_ensemble": mean}
-
-
-def evaluate(directory: Path, *arguments: str) -> dict[str, float]:
-    """Run `hydratron evaluate` unless it has been, and return its metrics."""
-    file = directory / launch.RESULT
-    if not file.is_file() or json.loads(file.read_text())["status"] != "ok":
-        file.unlink(missing_ok=True)
-        hydratron("evaluate", *arguments, f"hydra.run.dir={directory}")
-    result = json.loads(file.read_text())
-    return {key: value for key, value in result.items() if key.startswith(("val/", "test/"))}
 
 
 def hydratron(*arguments: str) -> None:

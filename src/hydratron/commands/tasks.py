@@ -26,6 +26,7 @@ from hydratron.processes import is_first_rank
 from hydratron.training.finetuning import BEST, PretrainedBert
 from hydratron.training.task_data import BatchConfig, TaskData
 from hydratron.training.tasks import GROUPS, Task
+from hydratron.training.zeroshot import ZeroShot, ZeroShotData
 
 TASK = "task.json"
 # of the pretrained model, what a run may choose anew
@@ -175,8 +176,9 @@ def task_of_run(node: Mapping[str, Any], checkpoint: str | None) -> Any:
     raise ValueError(f"{checkpoint} is no finetuned run: it has no {TASK}; name its task=")
 
 
-def open_finetuned(config: Mapping[str, Any], task: Task) -> tuple[Source, TaskData]:
+def open_finetuned(config: Mapping[str, Any]) -> tuple[Source, TaskData]:
     """Return the network of a finetuned run and the split to score."""
+    task = task_of_run(config["task"], config["checkpoint"])
     model = config["model"]
     stored = read_run_config(run_directory(config["checkpoint"])).get("model") or {}
     if model.get("family") is None and stored.get("family") == "huggingface":
@@ -198,6 +200,17 @@ def open_split(
     batches = build(BatchConfig, dict(config["data"]) | {"global_batch_size": 1}, name="data")
     groups = (config["split"],)
     return TaskData(task, batches, tokenizer, max_positions=max_positions, groups=groups)
+
+
+def open_zero_shot(config: Mapping[str, Any]) -> tuple[ZeroShot, ZeroShotData, dict[str, Any]]:
+    """Return a GPT-2, sets on which it was not trained, and what `result.json` says of both."""
+    task, checkpoint = build_task(config["task"]), open_checkpoint(config["checkpoint"])
+    checkpoint.model.check_tensor_parallel(config["parallel"]["tensor_parallel_size"])
+    tokenizer = open_tokenizer(config["tokenizer"], checkpoint)
+    sets = task.load(tokenizer, checkpoint.model.max_seq_len)
+    data = ZeroShotData(sets, batch_size=config["data"]["evaluation_batch_size"])
+    described = describe_checkpoint(checkpoint) | {"task": task.name}
+    return ZeroShot(checkpoint, sets), data, described
 
 
 def open_ensemble(config: Mapping[str, Any], runs: list[Path]) -> TaskData:

@@ -1,4 +1,4 @@
-"""The published protocol's choices: the best of a grid, the median of the seeds.
+"""The published protocol: a grid, seeds at its best point, their median and their ensemble.
 
 Shoeybi et al. 2019, section 5.3: batch size and learning rate are tuned first; the median of five
 seeds on the development set is reported, and RACE's test score is that of the median's checkpoint.
@@ -6,7 +6,7 @@ seeds on the development set is reported, and RACE's test score is that of the m
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,3 +58,70 @@ def summarize(runs: Sequence[Scored]) -> dict[str, Any]:
         "scores": [run.score for run in runs],
         "median_run": str(median(runs).path),
     } | {key: statistics.median(run.result[key] for run in runs) for key in keys}
+
+
+def is_grid(value: str) -> bool:
+    """Whether Hydra would sweep over this value: a comma outside of any bracket, or a function."""
+    depth = 0
+    for character in value:
+        depth += (character in "[{(") - (character in "]})")
+        if character == "," and depth == 0:
+            return True
+    return value.startswith(("choice(", "range(", "glob("))
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Runs the protocol's commands below `output`, each unless it has been run.
+
+    `hydratron` runs a command by its arguments and raises where it does not end well.
+    """
+
+    output: Path
+    hydratron: Callable[..., None]
+
+    def choose(self, given: Mapping[str, str], seed: str) -> dict[str, str]:
+        """Return the settings of the best point of the grid in `given`, trained with `seed`."""
+        grid = [key for key, value in given.items() if is_grid(value)]
+        if not grid:
+            return {}
+        winner = best(self._sweep(dict(given) | {"seed": seed}, self.output / "grid"))
+        return {key: str(winner.result["overrides"][key]) for key in grid}
+
+    def score(self, given: Mapping[str, str], seeds: str) -> dict[str, Any]:
+        """Train all seeds; return medians and the ensemble, and test scores where a test is named.
+
+        The test scores are those of the median's checkpoint.
+        """
+        runs = self._sweep(dict(given) | {"seed": seeds}, self.output / "seeds")
+        paths = ",".join(str(run.path) for run in runs)
+        summary = summarize(runs)
+        summary["ensemble"] = self._evaluate(self.output / "ensemble", f"runs=[{paths}]")
+        return summary | (self._test(runs) if "task.test_path" in given else {})
+
+    def _test(self, runs: Sequence[Scored]) -> dict[str, Any]:
+        folders = [self.output / "test" / run.path.name for run in runs]
+        found = [
+            self._evaluate(folder, f"checkpoint={run.path}", "split=test")
+            for run, folder in zip(runs, folders, strict=True)
+        ]
+        paths = ",".join(map(str, folders))
+        mean = self._evaluate(self.output / "test_ensemble", f"runs=[{paths}]", "split=test")
+        return found[runs.index(median(runs))] | {"test_ensemble": mean}
+
+    def _sweep(self, given: Mapping[str, str], directory: Path) -> list[Scored]:
+        """Finetune every point of a sweep, or what is missing of it."""
+        if (directory / "multirun.yaml").is_file():
+            self.hydratron("finetune", "-m", f"resume={directory}")
+        else:
+            overrides = [f"{key}={value}" for key, value in given.items()]
+            self.hydratron("finetune", "-m", *overrides, f"hydra.sweep.dir={directory}")
+        return read_sweep(directory)
+
+    def _evaluate(self, directory: Path, *arguments: str) -> dict[str, float]:
+        file = directory / "result.json"
+        if not file.is_file() or json.loads(file.read_text())["status"] != "ok":
+            file.unlink(missing_ok=True)
+            self.hydratron("evaluate", *arguments, f"hydra.run.dir={directory}")
+        result = json.loads(file.read_text())
+        return {key: value for key, value in result.items() if key.startswith(("val/", "test/"))}
