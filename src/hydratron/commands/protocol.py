@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from hydratron import launch
 from hydratron.training.protocol import Protocol
@@ -30,7 +31,7 @@ def main(arguments: list[str]) -> None:
     chosen = protocol.choose(given, seeds.partition(",")[0])
     if chosen:
         print("best of the grid:", *(f"{k}={v}" for k, v in chosen.items()), flush=True)
-    summary = {"chosen": chosen} | protocol.score(given | chosen, seeds)
+    summary: dict[str, Any] = {"chosen": chosen} | protocol.score(given | chosen, seeds)
     (output / "protocol.json").write_text(json.dumps(summary, indent=2) + "\n")
     metric, scores = summary["selection_metric"], summary["scores"]
     spread = f"{min(scores):.4f} to {max(scores):.4f}"

@@ -4,8 +4,18 @@ Source of every number: "State-of-the-Art Language Modeling Using Megatron on th
 (NVIDIA, 2020).
 """
 
+from collections import Counter
+from collections.abc import Callable
+
 from hydratron.report.groups import Group, Section, Spread, format_number, name_value
-from hydratron.report.speed import OURS, section_rows, weak_scaling
+from collections import Counter
+from collections.abc import Callable
+
+import pandas as pd
+
+from hydratron.report.groups import Group, Section, Spread, format_number, name_value
+from hydratron.report.protocols import find_protocols, protocol_directory
+from hydratron.report.speed import OURS, speed_frame, weak_scaling
 from hydratron.report.tables import Table
 
 SOURCE = '"State-of-the-Art Language Modeling Using Megatron on the NVIDIA A100 GPU" (NVIDIA, 2020)'
@@ -48,14 +58,16 @@ WEAK_SCALING = (
     (4.2, 4, 86.5, 97, 31.1),
     (8.7, 8, 79.6, 85, 27.2),
 )
-# The metrics that stand in a task's cell, each with the names it may have been logged under.
+# The metrics that stand in a task's cell, each with the names it may have been logged under; RACE
+# has a cell of its own form.
 TASK_METRICS = {
     "mnli": (("val/accuracy_matched", "val/accuracy"), ("val/accuracy_mismatched",)),
     "qqp": (("val/accuracy",),),
     "squad1": (("val/f1",), ("val/exact_match",)),
     "squad2": (("val/f1",), ("val/exact_match",)),
-    "race": (("test/accuracy", "val/accuracy"),),
+    "race": (),
 }
+IN_PERCENT = ("squad1", "squad2")  # as the official script gives them; the others are shares
 
 
 def _spread(group: Group, names: tuple[str, ...]) -> Spread | None:
@@ -117,22 +129,47 @@ def _pretraining(section: Section) -> Table:
     )
 
 
+def _cell(task: str, value: Callable[[str], float | None]) -> str:
+    """A task's scores as the seed prints them, in percent; a dash where there is none."""
+    scale = 1 if task in IN_PERCENT else 100
+
+    def percent(*names: str) -> str | None:
+        found = (value(name) for name in names)
+        return next((f"{scale * number:.1f}" for number in found if number is not None), None)
+
+    if task != "race":
+        return " / ".join(filter(None, (percent(*names) for names in TASK_METRICS[task]))) or "–"
+    for split, mark in (("test", ""), ("val", " dev")):
+        if overall := percent(f"{split}/accuracy"):
+            levels = [percent(f"{split}/accuracy_{level}") for level in ("middle", "high")]
+            said = f" ({levels[0]} / {levels[1]})" if all(levels) else ""
+            return f"{overall}{said}{mark}"
+    return "–"
+
+
 def _finetuning(section: Section) -> Table:
     ours: dict[str, list[str]] = {}
+
+    def put(name: str, task: str, value: Callable[[str], float | None]) -> None:
+        cells = ours.setdefault(f"ours: {name}", ["–"] * len(TASKS))
+        cells[TASKS.index(task)] = _cell(task, value)
+
     constant = {run.value("task") for run in section.runs} - {None}
     for group in section.groups:
         task = group.values.get("task") or (next(iter(constant)) if len(constant) == 1 else None)
-        if task not in TASK_METRICS:
+        if task not in TASK_METRICS or all(map(protocol_directory, group.runs)):
             continue
         rest = (
             ", ".join(name_value(k, v) for k, v in group.values.items() if k != "task") or "median"
         )
-        spreads = [_spread(group, names) for names in TASK_METRICS[task]]
-        # Scores are logged as shares or in percent; the seed prints percent.
-        cells = [f"{s.median * (100 if s.max <= 1 else 1):.1f}" for s in spreads if s]
-        ours.setdefault(f"ours: {rest}", ["–"] * len(TASKS))[TASKS.index(task)] = (
-            " / ".join(cells) or "–"
-        )
+        put(rest, task, lambda name, group=group: s.median if (s := group.spread(name)) else None)
+    protocols = [found for found in find_protocols(section.runs) if found.task in TASK_METRICS]
+    models = Counter((found.task, found.model) for found in protocols)
+    for found in protocols:
+        is_alone = models[found.task, found.model] == 1
+        model = found.model if is_alone else f"{found.model}, {found.directory.name}"
+        put(f"{model}, median of {found.num_seeds}", found.task, found.median.get)
+        put(f"{model}, ensemble of {found.num_seeds}", found.task, found.ensemble.get)
     rows = [list(row) for row in (*FINETUNING, *ENSEMBLES)] + [
         [name, *cells] for name, cells in ours.items()
     ]
