@@ -8,14 +8,8 @@ from collections import Counter
 from collections.abc import Callable
 
 from hydratron.report.groups import Group, Section, Spread, format_number, name_value
-from collections import Counter
-from collections.abc import Callable
-
-import pandas as pd
-
-from hydratron.report.groups import Group, Section, Spread, format_number, name_value
 from hydratron.report.protocols import find_protocols, protocol_directory
-from hydratron.report.speed import OURS, speed_frame, weak_scaling
+from hydratron.report.speed import OURS, section_rows, weak_scaling
 from hydratron.report.tables import Table
 
 SOURCE = '"State-of-the-Art Language Modeling Using Megatron on the NVIDIA A100 GPU" (NVIDIA, 2020)'
