@@ -53,7 +53,7 @@ def test_a_benchmark_run_calibrates_the_cluster(in_process, tmp_path) -> None:
         (["hardware=v100_32gb"], "v100_32gb has no bf16; 16-mixed would work"),
         (["trainer.precision=fp8"], "trainer.precision 'fp8' is not one of"),
         (["calibration=nowhere"], "calibration=nowhere: no finished run of `hydratron benchmark`"),
-        ([*SINGLE, "hardware.memory_gib=2.05"], "nothing fits 1 GPUs of 0.0 GiB: the least is"),
+        ([*SINGLE, "hardware.memory_gib=2.05"], "nothing fits 1 x h200 of 0.0 GiB: the least is"),
     ],
 )
 def test_wrong_input_is_one_line_and_status_2(in_process, overrides: list[str], line: str) -> None:

@@ -169,7 +169,7 @@ def nearest_fit(config: StepConfig, hardware: Hardware, estimator: Estimator) ->
     least = smallest(config, hardware, estimator)
     step = least.config
     line = (
-        f"nothing fits {hardware.num_gpus} GPUs of {hardware.usable_gib:.1f} GiB: the least"
+        f"nothing fits {hardware.num_gpus} x {hardware.name} of {hardware.usable_gib:.1f} GiB: the least"
         f" is {least.peak_bytes / GIB:.1f} GiB (TP {step.tensor_parallel_size}, micro-batch 1,"
         f" recompute=full, optimizer.shard={str(step.shard_optimizer).lower()})"
     )

@@ -174,10 +174,15 @@ class Recorder(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        if func.namespace == "prim":  # a question about a tensor, such as its device
-            return result
+        with torch._C.DisableTorchFunction():  # what follows asks tensors a lot
+            result = func(*args, **(kwargs or {}))
+            if func.namespace != "prim":  # a question about a tensor, such as its device
+                self._write_down(func, args, kwargs or {}, result)
+        return result
+
+    def _write_down(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+    ) -> None:
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         space, name = func.namespace, func._opname
@@ -198,7 +203,6 @@ class Recorder(TorchDispatchMode):
             if name in _OVERWRITES:
                 inputs = [t for t in inputs if not any(t is m for m in mutated)]
             self._add_elementwise(name, inputs, [*outputs, *mutated])
-        return result
 
     def _is_view(self, inputs: list[Tensor], outputs: list[Tensor]) -> bool:
         known = {self.storage(t) for t in inputs}

@@ -61,7 +61,7 @@ def test_where_nothing_fits_the_nearest_change_is_named() -> None:
     tiny = replace(CLUSTER, memory_gib=least, reserved_gib=0.0, workspace_gib=0.0)
     assert not search(config, tiny, ESTIMATOR).fitting
     line = nearest_fit(config, tiny, ESTIMATOR)
-    assert line.startswith("nothing fits 4 GPUs of 0.0 GiB: the least is")
+    assert line.startswith("nothing fits 4 x h200 of 0.0 GiB: the least is")
     assert line.endswith(" would")
 
 
