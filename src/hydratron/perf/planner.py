@@ -169,9 +169,9 @@ def nearest_fit(config: StepConfig, hardware: Hardware, estimator: Estimator) ->
     least = smallest(config, hardware, estimator)
     step = least.config
     line = (
-        f"nothing fits {hardware.num_gpus} x {hardware.name} of {hardware.usable_gib:.1f} GiB: the least"
-        f" is {least.peak_bytes / GIB:.1f} GiB (TP {step.tensor_parallel_size}, micro-batch 1,"
-        f" recompute=full, optimizer.shard={str(step.shard_optimizer).lower()})"
+        f"nothing fits {hardware.num_gpus} x {hardware.name} of {hardware.usable_gib:.1f} GiB: the"
+        f" least is {least.peak_bytes / GIB:.1f} GiB (TP {step.tensor_parallel_size},"
+        f" micro-batch 1, recompute=full, optimizer.shard={str(step.shard_optimizer).lower()})"
     )
     changes = [(f"hardware.num_nodes={2**n * hardware.num_nodes}", config, 2**n) for n in (1, 2, 3)]
     if config.precision == SHARDING_EXCLUDES and hardware.has_bf16:
