@@ -69,7 +69,7 @@ def plan_table(rows: Sequence[Row], title: str, notes: Sequence[str]) -> Table:
 def own_note(own: Row | None, rows: Sequence[Row], *, wanted_gpus: int, limit_gib: float) -> str:
     """What became of the split that the configuration itself names."""
     if own is None:
-        return f"The configuration's own split is for {wanted_gpus} GPUs."
+        return f"The configuration's own split is for {wanted_gpus} GPU{'s' * (wanted_gpus > 1)}."
     said = f"The configuration's own split ({describe_split(own)})"
     memory = f"{own['peak_gib']:.1f} of {limit_gib:.1f} GiB"
     if not own["fits"]:
