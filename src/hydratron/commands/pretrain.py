@@ -60,6 +60,7 @@ def prepare(config: Mapping[str, Any]) -> PretrainJob:
             dtype=trainer.parameter_dtype,
             compile=trainer.compile,
             fp8=trainer.precision == "fp8",
+            interleave=parallel.interleave,
             cuda_graphs=trainer.cuda_graphs,
         ),
         loggers=config["logger"],

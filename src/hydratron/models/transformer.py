@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from hydratron.models.config import ModelConfig
+from hydratron.models.interleaving import run_interleaved
 from hydratron.parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -85,14 +86,17 @@ class Attention(nn.Module):
         self.output = RowParallelLinear(config.hidden_size, config.hidden_size, group=tp_group)
 
     def forward(self, x: Tensor, shape: tuple[int, int], key_mask: Tensor | None) -> Tensor:
+        return self.output(self.attend(self.qkv(x), shape, key_mask))
+
+    def attend(self, qkv: Tensor, shape: tuple[int, int], key_mask: Tensor | None) -> Tensor:
+        """Queries, keys and values [T, 3H/t] to what the heads gather [T, H/t]."""
         batch_size, seq_len = shape
-        qkv = self.qkv(x)  # [T, 3H/t]
         num_padding = qkv.size(0) - batch_size * seq_len
         qkv = qkv[: batch_size * seq_len]
         # [B, S, 3, N/t, D] -> 3 x [B, N/t, S, D]
         qkv = qkv.view(batch_size, seq_len, 3, self.num_local_heads, -1)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        with attention_kernels(x, key_mask):
+        with attention_kernels(qkv, key_mask):
             context = F.scaled_dot_product_attention(
                 query,
                 key,
@@ -102,7 +106,7 @@ class Attention(nn.Module):
                 is_causal=self.is_causal,
             )
         context = context.transpose(1, 2).flatten(0, 1).flatten(1)  # [B*S, H/t]
-        return self.output(F.pad(context, (0, 0, 0, num_padding)) if num_padding else context)
+        return F.pad(context, (0, 0, 0, num_padding)) if num_padding else context
 
 
 class Mlp(nn.Module):
@@ -116,7 +120,11 @@ class Mlp(nn.Module):
         self.output = RowParallelLinear(width, config.hidden_size, group=tp_group)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.output(F.gelu(self.input(x), approximate=self.approximate))
+        return self.output(self.activate(self.input(x)))
+
+    def activate(self, x: Tensor) -> Tensor:
+        """GELU, as the family has it."""
+        return F.gelu(x, approximate=self.approximate)
 
 
 class TransformerLayer(nn.Module):
@@ -132,11 +140,19 @@ class TransformerLayer(nn.Module):
         self.mlp = Mlp(config, tp_group)
 
     def forward(self, x: Tensor, shape: tuple[int, int], key_mask: Tensor | None) -> Tensor:
-        if self.placement == "pre":  # figure 1(b): the residual stream is never normalised
-            x = x + self.dropout(self.attention(self.attention_layernorm(x), shape, key_mask))
-            return x + self.dropout(self.mlp(self.mlp_layernorm(x)))
-        x = self.attention_layernorm(x + self.dropout(self.attention(x, shape, key_mask)))
-        return self.mlp_layernorm(x + self.dropout(self.mlp(x)))  # figure 1(a)
+        y = self.attention(self.enter(x, self.attention_layernorm), shape, key_mask)
+        x = self.leave(x, y, self.attention_layernorm)
+        y = self.mlp(self.enter(x, self.mlp_layernorm))
+        return self.leave(x, y, self.mlp_layernorm)
+
+    def enter(self, x: Tensor, layernorm: nn.Module) -> Tensor:
+        """What a sublayer sees of the residual stream: pre-LN, figure 1(b), normalises it here."""
+        return layernorm(x) if self.placement == "pre" else x
+
+    def leave(self, x: Tensor, y: Tensor, layernorm: nn.Module) -> Tensor:
+        """Add a sublayer's output to the stream: post-LN, figure 1(a), normalises the sum."""
+        x = x + self.dropout(y)
+        return layernorm(x) if self.placement == "post" else x
 
 
 class Transformer(nn.Module):
@@ -148,6 +164,7 @@ class Transformer(nn.Module):
         super().__init__()
         config.check_tensor_parallel(1 if tp_group is None else tp_group.size())
         self.config, self.tp_group = config, tp_group
+        self.interleaves = False  # hide tensor-parallel communication: see interleaving.py
         hidden_size = config.hidden_size
         self.word_embeddings = VocabParallelEmbedding(
             config.vocab_size, hidden_size, group=tp_group
@@ -215,9 +232,19 @@ class Transformer(nn.Module):
         if self.embedding_layernorm is not None:
             x = self.embedding_layernorm(x)
         x = self.dropout(x)
-        for layer in self.layers:
-            x = self._run(layer, x, (batch_size, seq_len), key_mask)
+        if self.tp_group is not None and self.can_interleave(batch_size):
+            x = run_interleaved(self.layers, x, (batch_size, seq_len), key_mask, self.tp_group)
+        else:
+            for layer in self.layers:
+                x = self._run(layer, x, (batch_size, seq_len), key_mask)
         return x if self.final_layernorm is None else self.final_layernorm(x)
+
+    def can_interleave(self, batch_size: int) -> bool:
+        """Halves of every rank's tokens must be whole sequences; validation is not worth it."""
+        assert self.tp_group is not None
+        divides = batch_size % (2 * self.tp_group.size()) == 0
+        recomputes = self.config.recompute != "none"
+        return self.interleaves and self.training and divides and not recomputes
 
     def _run(
         self, layer: nn.Module, x: Tensor, shape: tuple[int, int], key_mask: Tensor | None
@@ -228,3 +255,10 @@ class Transformer(nn.Module):
         if self.config.recompute == "selective":
             context["context_fn"] = partial(create_selective_checkpoint_contexts, KEPT_OPERATIONS)
         return checkpoint(layer, x, shape, key_mask, use_reentrant=False, **context)
+
+
+def interleave_halves(network: nn.Module) -> None:
+    """Let tensor-parallel training hide one half's communication behind the other's compute."""
+    for module in network.modules():
+        if isinstance(module, Transformer):
+            module.interleaves = True

@@ -67,6 +67,10 @@ class ColumnParallelLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.group is not None:
             x = gather_into_tensor_parallel_region(compute_dtype(x), self.group)  # [T, in]
+        return self.multiply(x)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """The product alone: x [T, in_features], gathered already."""
         return self.linear(x, self.weight.flatten(0, -2), self.bias.flatten())
 
 
@@ -91,8 +95,11 @@ class RowParallelLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.group is None:
             return self.linear(x, self.weight, self.bias)
-        y = self.linear(x, self.weight)  # [T, out], a partial sum
-        return reduce_scatter_from_tensor_parallel_region(y, self.group) + self.bias
+        return reduce_scatter_from_tensor_parallel_region(self.multiply(x), self.group) + self.bias
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """The product alone: a partial sum [T, out_features], without the bias."""
+        return self.linear(x, self.weight)
 
 
 class VocabParallelEmbedding(nn.Module):

@@ -57,6 +57,58 @@ class _ReduceScatter(torch.autograd.Function):
         return all_gather(gradients[0], ctx.group), None
 
 
+class _StartGather(torch.autograd.Function):
+    """Two outputs: the gathered tensor, not waited for, and `x` itself, which carries the gradient.
+
+    Between the two functions of a pair lies what the collective runs beside; in the backward pass
+    likewise, in reverse: the second function starts the collective, the first waits for it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
+        gathered = _ALL_GATHER(x.contiguous(), 0, group)
+        ctx.mark_non_differentiable(gathered)
+        return gathered, x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return collectives.wait_tensor(gradients[1]), None
+
+
+class _FinishGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gathered: Tensor, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return collectives.wait_tensor(gathered)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, None]:
+        return None, _REDUCE_SCATTER(gradients[0].contiguous(), "sum", 0, ctx.group), None
+
+
+class _StartReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
+        scattered = _REDUCE_SCATTER(x.contiguous(), "sum", 0, group)
+        ctx.mark_non_differentiable(scattered)
+        return scattered, x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return collectives.wait_tensor(gradients[1]), None
+
+
+class _FinishReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, scattered: Tensor, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return collectives.wait_tensor(scattered)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, None]:
+        return None, _ALL_GATHER(gradients[0].contiguous(), 0, ctx.group), None
+
+
 class _GatherReplicated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
@@ -86,6 +138,30 @@ def gather_into_tensor_parallel_region(x: Tensor, group: ProcessGroup | None) ->
     The backward pass sums the ranks' partial gradients and scatters them.
     """
     return x if group is None else _Gather.apply(x, group)  # type: ignore[return-value]
+
+
+# A collective under way: its result, not waited for, and its input.
+Pending = tuple[Tensor, Tensor]
+
+
+def start_gather(x: Tensor, group: ProcessGroup) -> Pending:
+    """Begin `gather_into_tensor_parallel_region`; `finish_gather` gives its result."""
+    return _StartGather.apply(x, group)  # type: ignore[return-value]
+
+
+def finish_gather(pending: Pending, group: ProcessGroup) -> Tensor:
+    """Wait for what `start_gather` began: [T, H]."""
+    return _FinishGather.apply(*pending, group)  # type: ignore[return-value]
+
+
+def start_reduce_scatter(x: Tensor, group: ProcessGroup) -> Pending:
+    """Begin `reduce_scatter_from_tensor_parallel_region`; `finish_reduce_scatter` ends it."""
+    return _StartReduceScatter.apply(x, group)  # type: ignore[return-value]
+
+
+def finish_reduce_scatter(pending: Pending, group: ProcessGroup) -> Tensor:
+    """Wait for what `start_reduce_scatter` began: [T/t, H]."""
+    return _FinishReduceScatter.apply(*pending, group)  # type: ignore[return-value]
 
 
 def reduce_scatter_from_tensor_parallel_region(x: Tensor, group: ProcessGroup | None) -> Tensor:

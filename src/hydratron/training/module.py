@@ -11,6 +11,7 @@ import torch
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
+from hydratron.models.transformer import interleave_halves
 from hydratron.parallel.fp8 import use_fp8
 from hydratron.parallel.grad_norm import (
     clip_grad_norm,
@@ -75,6 +76,7 @@ class TrainingModule(LightningModule):
         dtype: of the parameters.
         compile: compile the network's forward pass.
         fp8: matrix products inside the Transformer in 8 bits.
+        interleave: hide tensor-parallel communication behind the other half of the micro-batch.
         cuda_graphs: replay whole steps as CUDA graphs, where one GPU computes them with float32
             weights and no loss scaler; the network must not wait for the device.
     """
@@ -93,6 +95,7 @@ class TrainingModule(LightningModule):
         dtype: torch.dtype = torch.float32,
         compile: bool = False,
         fp8: bool = False,
+        interleave: bool = False,
         cuda_graphs: bool = False,
     ) -> None:
         super().__init__()
@@ -102,7 +105,8 @@ class TrainingModule(LightningModule):
         self.micro_batch_size, self.log_every = micro_batch_size, log_every
         self.log_layer_norms = log_layer_norms
         self.max_skipped_steps = max_skipped_steps
-        self.parameter_dtype, self.compile_network, self.fp8 = dtype, compile, fp8
+        self.parameter_dtype, self.compile_network = dtype, compile
+        self.fp8, self.interleave = fp8, interleave
         self.cuda_graphs = cuda_graphs
         self.graphs: StepGraphs | None = None
         self.last_metrics: dict[str, float] = {}
@@ -131,6 +135,8 @@ class TrainingModule(LightningModule):
         )
         if self.fp8:
             use_fp8(network)
+        if self.interleave:
+            interleave_halves(network)
         if self.compile_network:
             network.compile()
         self.network = network

@@ -22,10 +22,16 @@ CHECKPOINTS = "checkpoints"
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Sizes of the process grid."""
+    """Sizes of the process grid.
+
+    `interleave`: the halves of a micro-batch in turn, so that the communication of one runs beside
+    the other's compute; without effect where the micro-batch does not divide by twice the
+    tensor-parallel size.
+    """
 
     tensor_parallel_size: int = 1
     data_parallel_size: int = 1
+    interleave: bool = False
 
     def __post_init__(self) -> None:
         for key in ("tensor_parallel_size", "data_parallel_size"):
