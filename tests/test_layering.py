@@ -7,7 +7,16 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "hydratron"
 PACKAGES = {"parallel", "models", "data", "training", "checkpoint", "perf", "report", "commands"}
-ENTRY = PACKAGES | {"launch", "cli", "processes", "result", "torch", "lightning", "hydra"}
+ENTRY = PACKAGES | {
+    "launch",
+    "cli",
+    "arguments",
+    "processes",
+    "result",
+    "torch",
+    "lightning",
+    "hydra",
+}
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
     "parallel": {"torch", "torch.distributed"},
@@ -19,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": set(),
     "commands": ENTRY,
     "launch": ENTRY,
+    "arguments": {"hydra", "result"},
     "processes": set(),
     "result": set(),
     "cli": ENTRY,

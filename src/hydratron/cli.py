@@ -1,5 +1,6 @@
 """The `hydratron` console script: hands over to a command, turns errors into an exit status."""
 
+import errno
 import importlib.metadata
 import os
 import sys
@@ -7,7 +8,7 @@ import sys
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from hydratron import launch
+from hydratron import arguments, launch
 
 HYDRA_COMMANDS = {
     "pretrain": "pretrain BERT (masked LM + sentence order) or GPT-2",
@@ -22,6 +23,8 @@ PLAIN_COMMANDS = {  # take their own arguments
     "protocol": "finetune over a grid, then five seeds at its best: median and ensemble",
     "report": "tables and figures from runs and sweeps",
 }
+# of a place that output is to go to
+UNUSABLE = (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT)
 USAGE = """hydratron: what does a change to a Transformer do as the model grows?
 
 usage: hydratron COMMAND [KEY=VALUE ...]      one run
@@ -39,34 +42,39 @@ def usage() -> str:
 
 def main() -> None:
     """Run a command. Exit status 2: wrong input; 143: SIGTERM; 1: anything else that went wrong."""
-    arguments = sys.argv[1:]
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
+    given = sys.argv[1:]
+    if not given or given[0] in ("-h", "--help", "help"):
         print(usage(), end="")
         return
-    if arguments[0] == "--version":
+    if given[0] == "--version":
         print(importlib.metadata.version("hydratron"))
         return
-    command = arguments[0]
+    command = given[0]
     try:
         if command in PLAIN_COMMANDS:
-            importlib.import_module(f"hydratron.commands.{command}").main(arguments[1:])
+            importlib.import_module(f"hydratron.commands.{command}").main(given[1:])
         elif command in HYDRA_COMMANDS:
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing
-            rest = arguments[1:]
+            rest = given[1:]
             if any(argument.startswith("resume=") for argument in rest):
-                rest = launch.resumed_arguments(rest)
-            launch.refuse_overwriting(rest)
+                rest = arguments.resumed_arguments(rest)
+            rest = arguments.search_arguments(command, rest)
+            arguments.refuse_overwriting(rest)
             sys.argv = [f"hydratron {command}", *rest]
-            with launch.sweep_definition_kept(rest):
+            with arguments.sweep_definition_kept(rest):
                 launch.main(command)
         else:
-            raise launch.InputError(f"unknown command {command!r}; known: {known()}")
-    except (launch.InputError, HydraException, OmegaConfBaseException) as error:
+            raise arguments.InputError(f"unknown command {command!r}; known: {known()}")
+    except (arguments.InputError, HydraException, OmegaConfBaseException) as error:
         stop(command, error, status=2)
     except ValueError as error:
         if command not in PLAIN_COMMANDS:
             raise
         stop(command, error, status=2)
+    except OSError as error:
+        if error.errno not in UNUSABLE:
+            raise
+        stop(command, f"{error.filename}: cannot be written to: {error.strerror}", status=2)
     except launch.JobFailed as error:
         stop(command, error, status=error.status)
     except KeyboardInterrupt:

@@ -15,15 +15,16 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from hydratron.arguments import InputError, override_dictionary
 from hydratron.processes import (
     child_command,
     clean_environment,
@@ -54,10 +55,6 @@ FROZEN_CONFIG = ".hydra/resolved.yaml"
 OUTPUT = "output.log"
 TERMINATED = 128 + signal.SIGTERM
 INTERRUPTED = 128 + signal.SIGINT
-
-
-class InputError(ValueError):
-    """The user asked for something that cannot be; nothing was run."""
 
 
 class JobFailed(RuntimeError):
@@ -100,10 +97,22 @@ def main(command: str) -> None:
             return None
 
     OmegaConf.register_new_resolver("slurm", slurm_resource, replace=True)
+    OmegaConf.register_new_resolver("plus", lambda a, b: a + b, replace=True)
+    # what SLURM's launcher of conf/ leaves out is to come from the plugin's of the same name
+    warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/submitit_slurm' is validated")
     tree = str(configuration_directory())
     hydra.main(version_base="1.3", config_path=tree, config_name=command)(task)()
     for error in failures:
         raise error
+
+
+class SweepDefinition(Callback):
+    """Writes `multirun.yaml` for sweepers that leave that to the basic one."""
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        directory = Path(config.hydra.sweep.dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(config, directory / "multirun.yaml")
 
 
 def launch(command: str, config: DictConfig) -> float | None:
@@ -111,6 +120,8 @@ def launch(command: str, config: DictConfig) -> float | None:
     hydra_config = HydraConfig.get()
     run_dir = Path(hydra_config.runtime.output_dir)
     is_sweep = hydra_config.mode == RunMode.MULTIRUN
+    if is_sweep:
+        check_launcher(hydra_config)
     if is_sweep and config.get("resume") and read_result(run_dir).get("status") == "ok":
         return objective(run_dir)
     job = Job(
@@ -139,60 +150,24 @@ def launch(command: str, config: DictConfig) -> float | None:
     return objective(run_dir)
 
 
+def check_launcher(hydra_config: Any) -> None:
+    """Raise InputError where an experiment that is swept over names another launcher than is used.
+
+    Hydra chooses the launcher before the jobs, and so their experiments, are composed.
+    """
+    definition = Path(hydra_config.sweep.dir) / "multirun.yaml"
+    used: Any = OmegaConf.load(definition).hydra.launcher if definition.exists() else None
+    wanted = hydra_config.runtime.choices["hydra/launcher"]
+    if used is not None and used._target_ != hydra_config.launcher._target_:
+        raise InputError(
+            f"hydra/launcher: {wanted} in an experiment file is ignored in a sweep over"
+            f" experiments: write hydra/launcher={wanted} on the command line"
+        )
+
+
 def objective(run_dir: Path) -> float | None:
     """Return what a sweeper minimises; None on ranks other than 0, which write no result."""
     return read_result(run_dir).get("val/loss")
-
-
-def resumed_arguments(arguments: list[str]) -> list[str]:
-    """Turn `resume=DIR` into the arguments that made DIR, with those given now laid over them.
-
-    Raises:
-        InputError: DIR is no run directory (with -m: no sweep directory).
-    """
-    given = {a.partition("=")[0]: a for a in arguments if "=" in a}
-    directory = Path(override_dictionary(arguments)["resume"])
-    is_sweep = not {"-m", "--multirun"}.isdisjoint(arguments)
-    source = directory / ("multirun.yaml" if is_sweep else ".hydra/overrides.yaml")
-    if not source.is_file():
-        kind = "sweep" if is_sweep else "run"
-        raise InputError(f"resume={directory}: no {kind} directory, it has no {source.name}")
-    stored: Any = OmegaConf.load(source)
-    if is_sweep:
-        stored = [*stored.hydra.overrides.task, *stored.hydra.overrides.hydra]
-    where = "hydra.sweep.dir" if is_sweep else "hydra.run.dir"
-    before = {text.partition("=")[0]: text for text in stored}
-    flags = [a for a in arguments if "=" not in a]
-    return [*flags, *(before | given | {where: f"{where}={directory}"}).values()]
-
-
-@contextlib.contextmanager
-def sweep_definition_kept(arguments: list[str]) -> Iterator[None]:
-    """Keep `multirun.yaml`, which says what the sweep is, as it was while it is resumed."""
-    given = override_dictionary(arguments)
-    path = Path(given.get("hydra.sweep.dir", "")) / "multirun.yaml"
-    definition = path.read_text() if "resume" in given and path.is_file() else None
-    try:
-        yield
-    finally:
-        if definition is not None:
-            path.write_text(definition)
-
-
-def refuse_overwriting(arguments: list[str]) -> None:
-    """Raise InputError where a new run or sweep would write over an old one.
-
-    A preempted run is the exception: the same command goes on with it.
-    """
-    given = override_dictionary(arguments)
-    if "resume" in given:
-        return
-    run_dir, sweep_dir = given.get("hydra.run.dir"), given.get("hydra.sweep.dir")
-    if {"-m", "--multirun"}.isdisjoint(arguments):
-        if run_dir and read_result(Path(run_dir)).get("status") in ("ok", "failed"):
-            raise InputError(f"{run_dir} holds a run already; resume={run_dir} goes on with it")
-    elif sweep_dir and (Path(sweep_dir) / "multirun.yaml").exists():
-        raise InputError(f"{sweep_dir} holds a sweep already; -m resume={sweep_dir} completes it")
 
 
 def freeze(config: DictConfig, run_dir: Path) -> dict[str, Any]:
@@ -202,11 +177,6 @@ def freeze(config: DictConfig, run_dir: Path) -> dict[str, Any]:
     path.parent.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(config, path)
     return cast(dict[str, Any], OmegaConf.to_container(config))
-
-
-def override_dictionary(overrides: list[str]) -> dict[str, str]:
-    """Turn `key=value` overrides into a dictionary."""
-    return {k.lstrip("+~"): v for k, _, v in (text.partition("=") for text in overrides)}
 
 
 def check(job: Job) -> None:
@@ -320,6 +290,9 @@ def run_children(job: Job, *, log: Path | None) -> None:
         )
         try:
             wait(process, requested)
+        except KeyboardInterrupt:
+            note_failure(job.run_dir, "interrupted")
+            raise
         finally:
             end_tree(process)
             signal.signal(signal.SIGTERM, previous)

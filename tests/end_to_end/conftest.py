@@ -1,11 +1,13 @@
 """The console script as a user calls it."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import pytest
 from hydratron import cli
 
 SCRIPT = Path(sys.executable).with_name("hydratron")
+ENDLESS = ["trainer.max_steps=100000", "hydra.run.dir=run"]
 # a second or two of training on the shipped text
 TINY = [
     "experiment=quickstart",
@@ -29,14 +32,16 @@ TINY = [
 def hydratron(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run `hydratron ARGUMENTS` in an empty directory."""
 
-    def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        *arguments: str, timeout: float = 300, **variables: str
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [SCRIPT, *arguments],
             cwd=tmp_path,
             env=os.environ | variables,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=timeout,
         )
 
     return run
@@ -70,3 +75,62 @@ def result(run_dir: Path) -> dict[str, Any]:
 
 def metrics(run_dir: Path) -> pd.DataFrame:
     return pd.read_csv(run_dir / "metrics.csv")
+
+
+def heed_interrupts() -> None:
+    """Undo what a shell does to background processes: they, and all they start, ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+    """Start a run without end in `tmp_path/run`; what it prints goes to `tmp_path/output.txt`."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def run(*arguments: str) -> subprocess.Popen[bytes]:
+        with (tmp_path / "output.txt").open("ab") as output:
+            process = subprocess.Popen(
+                [SCRIPT, "pretrain", *TINY[:-1], *ENDLESS, *arguments],
+                cwd=tmp_path,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=heed_interrupts,
+            )
+        started.append(process)
+        return process
+
+    yield run
+    for process in started:  # what a failed test left
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if (run / "metrics.csv").exists() and len((run / "metrics.csv").read_text().split()) > step:
+            return
+        time.sleep(0.1)
+    raise TimeoutError(f"{run} did not reach step {step}")
+
+
+def processes_of(run_dir: Path) -> list[str]:
+    """Return the command lines of what still runs for a run, by its directory or its own."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (path / "cmdline").read_bytes().decode().split("\0")
+            directory = (path / "cwd").resolve()
+        except OSError:
+            continue
+        if str(run_dir) in words or (directory == run_dir.parent and "pretrain" in words):
+            found.append(" ".join(words))
+    return found
+
+
+def wait_until_gone(run_dir: Path) -> list[str]:
+    deadline = time.monotonic() + 5
+    while (left := processes_of(run_dir)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return left

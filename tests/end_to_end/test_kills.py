@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from hydratron.checkpoint.sharded import newest_checkpoint
-from tests.end_to_end.conftest import TINY, metrics, result
-from tests.end_to_end.test_pretrain import start, wait_until_gone
+from tests.end_to_end.conftest import TINY, metrics, result, wait_until_gone
 
 # a checkpoint at every step: about half of the time is spent in saving
 SETTINGS = [
@@ -45,13 +44,13 @@ def kill_at_random(run: Path, process: subprocess.Popen[bytes], generator: rando
     ],
 )
 def test_a_killed_run_ends_bitwise_equal_to_one_never_killed(
-    hydratron, tmp_path: Path, grid: str, num_kills: int
+    hydratron, start, tmp_path: Path, grid: str, num_kills: int
 ) -> None:
     generator, run = random.Random(num_kills), tmp_path / "run"
     settings = [*SETTINGS, f"parallel={grid}"]
     for kill in range(num_kills):
         extra = ["resume=run"] if kill else []
-        kill_at_random(run, start(tmp_path, *settings, *extra), generator)
+        kill_at_random(run, start(*settings, *extra), generator)
         for path in (run / "checkpoints").glob("step-*"):
             assert path.suffix == ".tmp" or (path / ".metadata").is_file()
     reached = newest_checkpoint(run / "checkpoints")

@@ -1,20 +1,13 @@
 """`hydratron pretrain`: grids, sweeps, resuming, signals, and what a run leaves behind."""
 
-import contextlib
 import os
 import signal
-import subprocess
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.conftest import SCRIPT, TINY, metrics, result
-
-ENDLESS = ["trainer.max_steps=100000", "hydra.run.dir=run"]
-# the quickstart's own sweep, held at one point
-ONE = ["layernorm=pre", "optimizer.lr=3e-3", "seed=1"]
+from tests.end_to_end.conftest import TINY, metrics, result, wait_for_step, wait_until_gone
 
 
 @pytest.mark.parametrize("grid", ["tp2", pytest.param("tp2_dp2", marks=pytest.mark.slow)])
@@ -62,105 +55,6 @@ def test_gpt2_trains_with_either_placement(hydratron, tmp_path: Path, layernorm:
     done = hydratron("pretrain", *TINY, *run)
     assert done.returncode == 0, done.stderr
     assert result(tmp_path / "run")["model"] == "gpt2"
-
-
-@pytest.mark.parametrize("seeds", ["1", pytest.param("1,2", marks=pytest.mark.slow)])
-def test_sweep_over_world_sizes_gives_separate_correct_runs(
-    hydratron, tmp_path: Path, seeds: str
-) -> None:
-    swept = ["parallel=single,tp2", "layernorm=pre,post", f"seed={seeds}", "optimizer.lr=3e-3"]
-    done = hydratron("pretrain", "-m", *TINY, *swept, "hydra.sweep.dir=sweep")
-    assert done.returncode == 0, done.stderr
-    runs = [result(path.parent) for path in sorted(tmp_path.glob("sweep/*/result.json"))]
-    num_models = 2 * len(seeds.split(","))
-    assert [run["status"] for run in runs] == ["ok"] * 2 * num_models
-    loss = {(r["tensor_parallel_size"], r["layernorm"], r["seed"]): r["train/loss"] for r in runs}
-    assert len(loss) == 2 * num_models
-    assert len({round(value, 4) for value in loss.values()}) == num_models  # each on two grids
-    for (_, layernorm, seed), value in loss.items():
-        assert value == pytest.approx(loss[1, layernorm, seed], abs=1e-5)
-
-
-def test_a_failing_job_leaves_its_siblings_and_the_status_says_so(
-    hydratron, tmp_path: Path
-) -> None:
-    swept = ["parallel=tp2", "model.num_heads=1,4", *ONE]
-    done = hydratron("pretrain", "-m", *TINY, *swept, "hydra.sweep.dir=sweep")
-    assert done.returncode == 1
-    runs = [result(path.parent) for path in sorted(tmp_path.glob("sweep/*/result.json"))]
-    assert [run["status"] for run in runs] == ["failed", "ok"]
-    assert runs[0]["error"] == "num_heads 1 is not divisible by tensor_parallel_size 2"
-
-
-def test_resuming_a_sweep_runs_only_what_is_missing(hydratron, tmp_path: Path) -> None:
-    swept = ["pretrain", "-m", *TINY, *ONE[:2], "seed=1,2", "hydra.sweep.dir=sweep"]
-    assert hydratron(*swept).returncode == 0
-    before = (tmp_path / "sweep/0/result.json").stat().st_mtime_ns
-    (tmp_path / "sweep/1/result.json").unlink()
-    definition = (tmp_path / "sweep/multirun.yaml").read_text()
-    assert hydratron("pretrain", "-m", "resume=sweep").returncode == 0
-    assert (tmp_path / "sweep/0/result.json").stat().st_mtime_ns == before
-    assert result(tmp_path / "sweep/1")["status"] == "ok"
-    assert (tmp_path / "sweep/multirun.yaml").read_text() == definition
-
-
-def heed_interrupts() -> None:
-    """Undo what a shell does to background processes: they, and all they start, ignore SIGINT."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
-    """Start a run without end in `tmp_path/run`; what it prints goes to `tmp_path/output.txt`."""
-    started: list[subprocess.Popen[bytes]] = []
-
-    def run(*arguments: str) -> subprocess.Popen[bytes]:
-        with (tmp_path / "output.txt").open("ab") as output:
-            process = subprocess.Popen(
-                [SCRIPT, "pretrain", *TINY[:-1], *ENDLESS, *arguments],
-                cwd=tmp_path,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                preexec_fn=heed_interrupts,
-            )
-        started.append(process)
-        return process
-
-    yield run
-    for process in started:  # what a failed test left
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-
-
-def wait_for_step(run: Path, step: int) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        if (run / "metrics.csv").exists() and len((run / "metrics.csv").read_text().split()) > step:
-            return
-        time.sleep(0.1)
-    raise TimeoutError(f"{run} did not reach step {step}")
-
-
-def processes_of(run_dir: Path) -> list[str]:
-    """Return the command lines of what still runs for a run, by its directory or its own."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (path / "cmdline").read_bytes().decode().split("\0")
-            directory = (path / "cwd").resolve()
-        except OSError:
-            continue
-        if str(run_dir) in words or (directory == run_dir.parent and "pretrain" in words):
-            found.append(" ".join(words))
-    return found
-
-
-def wait_until_gone(run_dir: Path) -> list[str]:
-    deadline = time.monotonic() + 5
-    while (left := processes_of(run_dir)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return left
 
 
 @pytest.mark.parametrize("grid", [pytest.param("single", marks=pytest.mark.slow), "tp2"])

@@ -9,8 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from tests.end_to_end.conftest import SCRIPT, TINY, metrics, result
-from tests.end_to_end.test_pretrain import wait_for_step
+from tests.end_to_end.conftest import SCRIPT, TINY, metrics, result, wait_for_step
 from tests.slurm import running_slurm
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]

@@ -142,6 +142,27 @@ class PendingSave:
             _publish(self.temporary, self.directory)
 
 
+def check_space(directory: Path, num_parameters: int, *, num_kept: int) -> None:
+    """Check that the disk of `directory` can hold `num_kept` checkpoints beside a new one.
+
+    A checkpoint takes 12 bytes a parameter: weights and two moments in float32. Those that are
+    there already are among the ones kept.
+
+    Raises:
+        CheckpointError: it cannot; with both sizes.
+    """
+    size = 12 * num_parameters
+    num_there = sum(1 for _ in directory.glob(f"{NAME_PREFIX}*/{LOOPS}"))
+    needed = max(1, num_kept + 1 - num_there) * size
+    existing = next(path for path in (directory, *directory.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        one, all_of_them, left = (f"{x / 2**20:,.1f} MiB" for x in (size, needed, free))
+        raise CheckpointError(
+            f"{directory}: checkpoints of {one} need {all_of_them} and the disk has {left} free"
+        )
+
+
 def save_checkpoint(
     directory: Path,
     *,

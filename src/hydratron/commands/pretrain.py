@@ -7,13 +7,19 @@ from typing import Any
 
 from pytorch_lightning.loggers import Logger
 
-from hydratron.checkpoint.sharded import CheckpointError, load_loop_state, newest_checkpoint
+from hydratron.arguments import InputError
+from hydratron.checkpoint.sharded import (
+    CheckpointError,
+    check_space,
+    load_loop_state,
+    newest_checkpoint,
+)
 from hydratron.checkpoint.source import TOKENIZER
 from hydratron.commands.configuration import build, check_devices, cluster_environment
 from hydratron.commands.tracking import note, tracked
 from hydratron.launch import JobFailed
 from hydratron.models.config import ModelConfig
-from hydratron.training.callbacks import Throughput, stopped_by
+from hydratron.training.callbacks import NUM_KEPT, Throughput, stopped_by
 from hydratron.training.datamodule import DataConfig, PretrainingData
 from hydratron.training.metrics import MetricsFile
 from hydratron.training.module import NonFiniteLossError
@@ -75,8 +81,13 @@ def run(job: PretrainJob, run_dir: Path) -> dict[str, Any]:
 def train(job: PretrainJob, run_dir: Path, loggers: Sequence[Logger]) -> dict[str, Any]:
     """Train to the end, every metric to `metrics.csv` and to `loggers`."""
     data, module = job.data, job.module
+    size, every = num_parameters(module.model_config), job.trainer.checkpoint_every
+    try:
+        check_space(run_dir / CHECKPOINTS, size, num_kept=NUM_KEPT if every else 0)
+    except CheckpointError as error:
+        raise InputError(str(error)) from error
     metrics_file = MetricsFile(run_dir)
-    note(loggers, num_parameters=num_parameters(module.model_config))
+    note(loggers, num_parameters=size)
     trainer = build_trainer(
         job.trainer,
         job.parallel,
@@ -108,7 +119,7 @@ def train(job: PretrainJob, run_dir: Path, loggers: Sequence[Logger]) -> dict[st
         trainer.validate(module, datamodule=data, verbose=False)
     return {
         **({"status": "preempted", "stopped_by": reason} if reason else {"status": "ok"}),
-        "num_parameters": num_parameters(module.model_config),
+        "num_parameters": size,
         "steps": trainer.global_step,
         "tokens": trainer.global_step * data.config.global_batch_size * data.config.seq_len,
         "val/unigram_entropy": data.unigram_entropy(),

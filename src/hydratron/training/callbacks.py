@@ -5,7 +5,9 @@ import os
 import resource
 import shutil
 import signal
+import statistics
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +203,39 @@ def stopped_by(trainer: Trainer) -> str:
     """Return what ended training before its end, a word of REASONS; empty if nothing did."""
     callbacks: list[Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
     return "".join(c.stopped_by for c in callbacks if isinstance(c, StopOnRequest))
+
+
+class LossSpikes(Callback):
+    """Notes a training loss far above those logged before it, and does nothing about it.
+
+    Far: by ten median absolute deviations (6.7 standard deviations of normal noise) of the last
+    `NUM_LOSSES`, and by a tenth of their median.
+    """
+
+    NUM_LOSSES = 20
+
+    def __init__(self) -> None:
+        self.losses: deque[float] = deque(maxlen=self.NUM_LOSSES)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, TrainingModule)
+        if trainer.global_step % pl_module.log_every or not trainer.is_global_zero:
+            return
+        loss = pl_module.last_metrics["train/loss"]
+        if not math.isfinite(loss):  # counted elsewhere
+            return
+        if len(self.losses) == self.NUM_LOSSES:
+            median = statistics.median(self.losses)
+            deviation = statistics.median(abs(x - median) for x in self.losses)
+            if loss > median + max(10 * deviation, 0.1 * median):
+                print(
+                    f"step {trainer.global_step}: loss spike, train/loss {loss:.5g} after a median"
+                    f" of {median:.5g} in the {self.NUM_LOSSES} logged before",
+                    flush=True,
+                )
+        self.losses.append(loss)
 
 
 class ProgressLines(Callback):

@@ -12,7 +12,7 @@ from pytorch_lightning.callbacks import RichProgressBar
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins.environments import ClusterEnvironment
 
-from hydratron.training.callbacks import ProgressLines, StepCheckpoint, StopOnRequest
+from hydratron.training.callbacks import LossSpikes, ProgressLines, StepCheckpoint, StopOnRequest
 from hydratron.training.strategy import TensorParallelStrategy
 
 # bf16-true and fp8: weights of 16 bits with float32 masters, so Lightning has nothing to do
@@ -152,6 +152,7 @@ def build_trainer(
         callbacks=[
             *callbacks,
             RichProgressBar() if is_terminal else lines,
+            LossSpikes(),
             StopOnRequest(max_hours=config.max_hours),
             *([] if steps_only else saving),
         ],

@@ -1,0 +1,102 @@
+"""What stops a run before it is too late, and what it says of a loss that jumps."""
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from hydratron.checkpoint.sharded import CheckpointError, check_space
+from hydratron.training.callbacks import LossSpikes
+from hydratron.training.module import TrainingModule
+from tests.end_to_end.conftest import TINY, metrics, result
+
+
+def test_the_time_limit_saves_and_the_run_is_resumed(in_process, tmp_path: Path) -> None:
+    limit = [*TINY[:-1], "trainer.max_steps=100000", "trainer.max_hours=1e-4"]  # 0.36 s
+    constant = ["optimizer.schedule=constant", "optimizer.warmup_steps=2"]
+    done = in_process("pretrain", *limit, *constant, "hydra.run.dir=run")
+    assert done.returncode == 143, done.stderr
+    assert "stopped by the time limit; resume=" in done.stderr
+    stopped = result(tmp_path / "run")
+    assert (stopped["status"], stopped["stopped_by"]) == ("preempted", "the time limit")
+    last = tmp_path / "run/checkpoints/last"
+    assert last.resolve().name == f"step-{stopped['steps']}"
+    length = f"trainer.max_steps={stopped['steps'] + 2}"
+    done = in_process("pretrain", "resume=run", "trainer.max_hours=null", length)
+    assert done.returncode == 0, done.stderr
+    assert list(metrics(tmp_path / "run")["step"]) == list(range(1, stopped["steps"] + 3))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 300 KiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)  # Hydra's log is still open
+
+
+def test_a_disk_too_small_for_the_checkpoints_is_refused_before_training(
+    in_process, small_disk: Path
+) -> None:
+    done = in_process("pretrain", *TINY, f"hydra.run.dir={small_disk}/run")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert "need 0.4 MiB and the disk has 0." in done.stderr
+    assert not (small_disk / "run/metrics.csv").exists()
+
+
+def test_a_full_disk_and_a_place_that_is_no_folder_are_one_line(
+    in_process, tmp_path: Path, small_disk: Path
+) -> None:
+    (tmp_path / "file").touch()
+    (small_disk / "filling").write_bytes(bytes(300 * 1024))
+    for where, reason in ((tmp_path / "file", "Not a directory"), (small_disk, "No space left")):
+        for place in (["hydra.run.dir="], ["-m", "seed=1,2", "hydra.sweep.dir="]):
+            done = in_process("pretrain", *place[:-1], *TINY, f"{place[-1]}{where}/new")
+            assert done.returncode == 2, done.stderr
+            assert done.stderr.count("\n") == 1, done.stderr
+            assert "cannot be written to: " in done.stderr
+            assert reason in done.stderr
+
+
+def test_space_is_needed_for_what_is_kept_and_one_more_but_not_for_what_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=30 * 1000))
+    check_space(tmp_path / "none", 1000, num_kept=1)
+    with pytest.raises(CheckpointError, match="none"):
+        check_space(tmp_path / "none", 1000, num_kept=2)
+    for step in (1, 2):
+        (tmp_path / f"run/step-{step}").mkdir(parents=True)
+        (tmp_path / f"run/step-{step}/loops.pt").touch()
+    check_space(tmp_path / "run", 2500, num_kept=2)
+    with pytest.raises(CheckpointError):
+        check_space(tmp_path / "run", 2501, num_kept=2)
+
+
+def spikes(losses: list[float], capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """Return the lines that the callback prints of these losses, one a step."""
+    callback, module = LossSpikes(), TrainingModule.__new__(TrainingModule)
+    for step, loss in enumerate(losses, start=1):
+        state = {"log_every": 1, "last_metrics": {"train/loss": loss}}
+        module.__dict__.update(state)
+        trainer = SimpleNamespace(global_step=step, is_global_zero=True)
+        callback.on_train_batch_end(trainer, module, None, None, 0)  # pyright: ignore
+    return capsys.readouterr().out.splitlines()
+
+
+def test_a_loss_spike_is_noted_once_and_a_falling_or_noisy_loss_is_not(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    falling = [6.0 * 0.99**step + 0.05 * (-1) ** step for step in range(60)]
+    assert spikes(falling, capsys) == []
+    spiked = [*falling[:40], 9.0, *falling[40:], float("nan")]
+    (line,) = spikes(spiked, capsys)
+    assert line.startswith("step 41: loss spike, train/loss 9 after a median of 4.")

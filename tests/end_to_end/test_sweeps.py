@@ -1,0 +1,253 @@
+"""Sweeps: each job is a process tree of its own, whatever its size and however its siblings end.
+
+The first six are the cases in which Lightning under `-m` gives a wrong result or none.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.end_to_end.conftest import (
+    SCRIPT,
+    TINY,
+    heed_interrupts,
+    metrics,
+    processes_of,
+    result,
+    wait_for_step,
+)
+
+# the quickstart's own sweep, held at one point
+ONE = ["layernorm=pre", "optimizer.lr=3e-3", "seed=1"]
+ROOT = Path(__file__).parents[2]
+FAULTS = ["+logger._target_=tests.faults.Faults", "+logger.seed=${seed}"]
+
+
+def results(sweep: Path) -> list[dict]:
+    paths = sorted(sweep.glob("*/result.json"), key=lambda path: int(path.parent.name))
+    return [result(path.parent) for path in paths]
+
+
+@pytest.mark.slow
+def test_one_two_and_three_devices_in_one_sweep_read_the_same_data(
+    hydratron, tmp_path: Path
+) -> None:
+    swept = ["parallel.data_parallel_size=1,2,3", "data.global_batch_size=24", *ONE]
+    done = hydratron("pretrain", "-m", *TINY, *swept, "hydra.sweep.dir=sweep")
+    assert done.returncode == 0, done.stderr
+    losses = [metrics(tmp_path / "sweep" / str(job))["train/loss"] for job in range(3)]
+    assert [r["data_parallel_size"] for r in results(tmp_path / "sweep")] == [1, 2, 3]
+    for loss in losses[1:]:
+        assert (loss - losses[0]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("seeds", ["1", pytest.param("1,2", marks=pytest.mark.slow)])
+def test_sweep_over_world_sizes_gives_separate_correct_runs(
+    hydratron, tmp_path: Path, seeds: str
+) -> None:
+    swept = ["parallel=single,tp2", "layernorm=pre,post", f"seed={seeds}", "optimizer.lr=3e-3"]
+    done = hydratron("pretrain", "-m", *TINY, *swept, "hydra.sweep.dir=sweep")
+    assert done.returncode == 0, done.stderr
+    runs = [result(path.parent) for path in sorted(tmp_path.glob("sweep/*/result.json"))]
+    num_models = 2 * len(seeds.split(","))
+    assert [run["status"] for run in runs] == ["ok"] * 2 * num_models
+    loss = {(r["tensor_parallel_size"], r["layernorm"], r["seed"]): r["train/loss"] for r in runs}
+    assert len(loss) == 2 * num_models
+    assert len({round(value, 4) for value in loss.values()}) == num_models  # each on two grids
+    for (_, layernorm, seed), value in loss.items():
+        assert value == pytest.approx(loss[1, layernorm, seed], abs=1e-5)
+
+
+def test_a_failing_job_leaves_its_siblings_and_the_status_says_so(
+    hydratron, tmp_path: Path
+) -> None:
+    swept = ["parallel=tp2", "model.num_heads=1,4", *ONE]
+    done = hydratron("pretrain", "-m", *TINY, *swept, "hydra.sweep.dir=sweep")
+    assert done.returncode == 1
+    runs = [result(path.parent) for path in sorted(tmp_path.glob("sweep/*/result.json"))]
+    assert [run["status"] for run in runs] == ["failed", "ok"]
+    assert runs[0]["error"] == "num_heads 1 is not divisible by tensor_parallel_size 2"
+
+
+def test_resuming_a_sweep_runs_only_what_is_missing(hydratron, tmp_path: Path) -> None:
+    swept = ["pretrain", "-m", *TINY, *ONE[:2], "seed=1,2", "hydra.sweep.dir=sweep"]
+    assert hydratron(*swept).returncode == 0
+    before = (tmp_path / "sweep/0/result.json").stat().st_mtime_ns
+    (tmp_path / "sweep/1/result.json").unlink()
+    definition = (tmp_path / "sweep/multirun.yaml").read_text()
+    assert hydratron("pretrain", "-m", "resume=sweep").returncode == 0
+    assert (tmp_path / "sweep/0/result.json").stat().st_mtime_ns == before
+    assert result(tmp_path / "sweep/1")["status"] == "ok"
+    assert (tmp_path / "sweep/multirun.yaml").read_text() == definition
+
+
+@pytest.mark.slow
+def test_all_ranks_of_a_trial_of_optuna_train_with_the_same_values(
+    hydratron, tmp_path: Path
+) -> None:
+    pytest.importorskip("optuna", reason="the extra optuna is not installed")
+    search = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "parallel=tp2", "seed=1"]
+    drawn = ["layernorm=pre", "optimizer.lr=interval(1e-4,1e-2)", "optimizer.warmup_steps=0"]
+    done = hydratron("pretrain", "-m", *TINY, *search, *drawn, "hydra.sweep.dir=sweep")
+    assert done.returncode == 0, done.stderr
+    more = hydratron("pretrain", "-m", "resume=sweep", "hydra.sweeper.n_trials=3")
+    assert more.returncode == 0, more.stderr
+    found = results(tmp_path / "sweep")
+    assert [r["status"] for r in found] == ["ok"] * 3
+    rates = [r["overrides"]["optimizer.lr"] for r in found]
+    assert len(set(rates)) == 3
+    best = yaml.safe_load((tmp_path / "sweep/optimization_results.yaml").read_text())
+    assert best["best_value"] == pytest.approx(min(r["val/loss"] for r in found))
+    for job, rate in enumerate(rates):
+        logged = metrics(tmp_path / "sweep" / str(job))
+        assert logged["train/learning_rate"].max() == pytest.approx(float(rate))
+        alone = ["layernorm=pre", f"optimizer.lr={rate}", "optimizer.warmup_steps=0"]
+        where = f"hydra.run.dir={tmp_path}/alone{job}"
+        assert hydratron("pretrain", *TINY, *alone, where).returncode == 0
+        difference = metrics(tmp_path / f"alone{job}")["train/loss"] - logged["train/loss"]
+        assert difference.abs().max() < 1e-5
+    enough = hydratron("pretrain", "-m", "resume=sweep", "hydra.sweeper.n_trials=3")
+    assert enough.returncode == 2
+    assert "has 3 trials that ended well" in enough.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["raise", "kill"])
+def test_a_failing_rank_ends_its_job_and_no_other(hydratron, tmp_path: Path, fault: str) -> None:
+    (tmp_path / "faults").mkdir()
+    (tmp_path / "faults/1").write_text(fault)
+    faults = [*FAULTS, f"+logger.directory={tmp_path}/faults", "+logger.rank=1"]
+    swept = ["parallel=tp2", "seed=1,2", *ONE[:2], *faults, "hydra.sweep.dir=sweep"]
+    started = time.monotonic()
+    done = hydratron("pretrain", "-m", *TINY, *swept, PYTHONPATH=with_root())
+    assert done.returncode == 1
+    assert time.monotonic() - started < 60  # stock Lightning waits for ever
+    first, second = results(tmp_path / "sweep")
+    assert (first["status"], second["status"]) == ("failed", "ok")
+    assert first["error"]
+    if fault == "raise":
+        assert first["error"] == "RuntimeError: the fault of this job"
+
+
+def with_root() -> str:
+    """Return a PYTHONPATH on which the jobs find `tests.faults`."""
+    return os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+
+
+@pytest.mark.slow
+def test_joblib_runs_two_jobs_of_two_processes_at_a_time(hydratron, tmp_path: Path) -> None:
+    launcher = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweep.dir=sweep"]
+    done = hydratron("pretrain", "-m", *TINY, *launcher, "parallel=tp2", "seed=1,2", *ONE[:2])
+    assert done.returncode == 0, done.stderr
+    for job, seed in enumerate((1, 2)):
+        alone = [*ONE[:2], f"seed={seed}", f"hydra.run.dir={tmp_path}/alone{seed}"]
+        assert hydratron("pretrain", *TINY, *alone).returncode == 0
+        reference = metrics(tmp_path / f"alone{seed}")["train/loss"]
+        losses = metrics(tmp_path / "sweep" / str(job))["train/loss"]
+        assert (losses - reference).abs().max() < 1e-5
+    spans = [started_and_ended(tmp_path / "sweep" / str(job)) for job in range(2)]
+    assert max(start for start, _ in spans) < min(end for _, end in spans)  # at the same time
+
+
+def started_and_ended(run: Path) -> tuple[float, float]:
+    start = (run / ".hydra/overrides.yaml").stat().st_mtime
+    return start, (run / "result.json").stat().st_mtime
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_sweep_and_leaves_no_process(hydratron, tmp_path: Path) -> None:
+    settings = [*TINY[:-1], "trainer.max_steps=100000", "parallel=tp2", "seed=1,2", *ONE[:2]]
+    process = subprocess.Popen(
+        [SCRIPT, "pretrain", "-m", *settings, "hydra.sweep.dir=sweep"],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=heed_interrupts,
+    )
+    run = tmp_path / "sweep/0"
+    wait_for_step(run, 2)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=30) == 130
+    assert processes_of(run) == []
+    assert result(run)["error"] == "interrupted"
+    assert not (tmp_path / "sweep/1").exists()
+
+
+def test_a_launcher_in_an_experiment_file_is_refused_where_it_has_no_effect(
+    in_process, tmp_path: Path
+) -> None:
+    experiment = "# @package _global_\ndefaults:\n  - override /hydra/launcher: joblib\n"
+    (tmp_path / "conf/experiment").mkdir(parents=True)
+    for name in ("a", "b"):
+        (tmp_path / f"conf/experiment/{name}.yaml").write_text(experiment)
+    where = ["--config-dir", str(tmp_path / "conf"), "-m"]
+    done = in_process("pretrain", *where, "experiment=a,b", "hydra.sweep.dir=sweep")
+    assert done.returncode == 2
+    assert "write hydra/launcher=joblib on the command line" in done.stderr
+    assert not list(tmp_path.rglob("metrics.csv"))
+
+
+@pytest.mark.slow
+def test_two_nodes_of_torchrun_give_the_losses_of_one_process(hydratron, tmp_path: Path) -> None:
+    grid = ["parallel=tp2_dp2", "trainer.num_nodes=2", "hydra.run.dir=two"]
+    rendezvous = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:29655", "--rdzv-id=tests"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2"]
+    program = ["-m", "hydratron.cli", "pretrain", *TINY, *grid]
+    nodes = [subprocess.Popen([*command, *rendezvous, *program], cwd=tmp_path) for _ in range(2)]
+    assert [node.wait(timeout=180) for node in nodes] == [0, 0]
+    assert hydratron("pretrain", *TINY, "hydra.run.dir=one").returncode == 0
+    two, one = metrics(tmp_path / "two"), metrics(tmp_path / "one")
+    assert (two["train/loss"] - one["train/loss"]).abs().max() < 1e-5
+    assert result(tmp_path / "two")["data_parallel_size"] == 2
+
+
+@pytest.mark.slow
+def test_forty_jobs_of_which_four_fail_are_completed_by_resuming(hydratron, tmp_path: Path) -> None:
+    (tmp_path / "faults").mkdir()
+    for seed, fault in {5: "raise", 15: "kill", 25: "nan"}.items():
+        (tmp_path / f"faults/{seed}").write_text(fault)
+    text = "The quick brown fox jumps over the lazy dog near the river bank. " * 60
+    for name in ("text", *(f"texts/{seed}" for seed in range(1, 41))):
+        (tmp_path / name).mkdir(parents=True)
+        for chapter in range(20):
+            (tmp_path / name / f"{chapter}.txt").write_text(f"Chapter {chapter}.\n\n{text}")
+    missing = tmp_path / "texts/35"
+    missing.rename(tmp_path / "away")
+    faults = [*FAULTS, f"+logger.directory={tmp_path}/faults", "trainer.max_skipped_steps=1"]
+    pairs = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweep.dir=sweep"]
+    small = [*TINY, "model.hidden_size=16", *ONE[:2], "data.validation_samples=8"]
+    swept = ["seed=range(1,41)", f"data.path={tmp_path}/texts/${{seed}}", *pairs]
+    environment = {"PYTHONPATH": with_root()}
+    done = hydratron("pretrain", "-m", *small, *faults, *swept, timeout=900, **environment)
+    assert done.returncode == 1
+    found = {r["seed"]: r for r in results(tmp_path / "sweep")}
+    assert len(found) == 40
+    bad = {seed: r["error"] for seed, r in found.items() if r["status"] != "ok"}
+    assert set(bad) == {5, 15, 25, 35}
+    report = hydratron("report", "sweep")
+    assert "36 of 40 jobs ok, 4 failed" in report.stdout
+    for said in (
+        "RuntimeError: the fault of this job",
+        "SIGKILL",
+        "was not finite",
+        "no such file",
+    ):
+        assert said in report.stdout
+    before = {seed: r["finished"] for seed, r in found.items()}
+    for seed in (5, 15, 25):
+        (tmp_path / f"faults/{seed}").unlink()
+    (tmp_path / "away").rename(missing)
+    again = hydratron("pretrain", "-m", "resume=sweep", timeout=300, **environment)
+    assert again.returncode == 0, again.stderr
+    after = {r["seed"]: r for r in results(tmp_path / "sweep")}
+    assert [r["status"] for r in after.values()] == ["ok"] * 40
+    changed = {seed for seed, r in after.items() if r["finished"] != before[seed]}
+    assert changed == {5, 15, 25, 35}
+    assert "40 of 40 jobs ok" in hydratron("report", "sweep").stdout
