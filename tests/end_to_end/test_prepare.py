@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import time
@@ -17,6 +16,7 @@ import pytest
 from hydratron.data.indexed import IndexedCorpus
 from hydratron.data.text import read_text_folder
 from tests.end_to_end.conftest import SCRIPT, result
+from tests.slurm import running_slurm
 
 SHIPPED = Path(__file__).parents[2] / "src/hydratron/data/shipped"
 QUICK = ["steps.shard_megabytes=1", "executor.workers=1", "model.vocab_size=1000"]
@@ -213,11 +213,15 @@ def test_a_target_that_cannot_be_written_is_named(
 
 @pytest.mark.slow
 @pytest.mark.slurm
-def test_slurm_gives_the_same_bytes(hydratron: Callable, tmp_path: Path, texts: Path) -> None:
-    if not shutil.which("sbatch") or subprocess.run(["sinfo"], capture_output=True).returncode:
-        pytest.skip("no SLURM is running")
+def test_slurm_gives_the_same_bytes(
+    hydratron: Callable,
+    tmp_path: Path,
+    texts: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
     assert hydratron(*arguments(texts, "here")).returncode == 0
     cluster = ["executor.kind=slurm", "executor.partition=debug", "executor.memory_gb=2"]
-    done = hydratron(*arguments(texts, "there", *cluster, "executor.workers=2"))
+    with running_slurm(tmp_path_factory.mktemp("slurm")):
+        done = hydratron(*arguments(texts, "there", *cluster, "executor.workers=2"))
     assert done.returncode == 0, done.stderr
     assert digest(tmp_path / "there") == digest(tmp_path / "here")

@@ -11,11 +11,11 @@ from tests.end_to_end.conftest import TINY
 README = Path(__file__).parents[2] / "README.md"
 
 
-def commands(heading: str) -> list[list[str]]:
-    """Return the words of each command in the code block under `heading`."""
+def commands(heading: str, block: int = 0) -> list[list[str]]:
+    """Return the words of each command in a code block under `heading`."""
     section = README.read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
-    block = re.findall(r"```bash\n(.*?)```", section, flags=re.DOTALL)[0]
-    lines = block.replace("\\\n", " ").splitlines()
+    text = re.findall(r"```bash\n(.*?)```", section, flags=re.DOTALL)[block]
+    lines = text.replace("\\\n", " ").splitlines()
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
@@ -57,3 +57,11 @@ def test_own_text_trains_as_written(hydratron, tmp_path: Path) -> None:
     kept = [word for word in first[1:] if not word.startswith("trainer.max_steps")]
     done = hydratron(*kept, *fast, "model.vocab_size=512", "hydra.run.dir=run")
     assert done.returncode == 0, done.stderr
+
+
+def test_a_run_is_told_to_wandb_as_written(in_process, tmp_path: Path) -> None:
+    (words,) = commands("Sweeps", block=2)
+    done = in_process(*words[1:], *TINY, "hydra.run.dir=run")
+    assert done.returncode == 0, done.stderr
+    assert f"wandb sync {tmp_path}/run/wandb/offline-run-*" in done.stdout
+    assert list(tmp_path.glob("run/wandb/offline-run-*/*.wandb"))

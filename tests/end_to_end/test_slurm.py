@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from tests.end_to_end.conftest import SCRIPT, TINY, metrics, result, wait_for_step
+from tests.end_to_end.test_readme import commands
 from tests.slurm import running_slurm
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
@@ -34,8 +35,9 @@ def assert_same_losses(run: pd.DataFrame, reference: pd.DataFrame, *, bound: flo
 def test_a_sweep_of_two_tasks_a_job_gives_the_losses_of_one_process(
     hydratron, tmp_path: Path
 ) -> None:
-    swept = [*SUBMIT, "parallel=tp2", "seed=1,2", *POINT]
-    done = hydratron("pretrain", *swept, *TINY)
+    written, _ = commands("On a cluster")
+    assert written[-2:] == ["parallel=tp2", "seed=1,2"]
+    done = hydratron(*written[1:], *TINY, *POINT, "hydra.sweep.dir=sweep")
     assert done.returncode == 0, done.stderr
     for job, seed in (("0", 1), ("1", 2)):
         found = result(tmp_path / "sweep" / job)
@@ -93,10 +95,11 @@ def test_a_preempted_job_is_requeued_once_and_ends_as_if_it_never_was(
 
 
 def test_srun_over_two_nodes_gives_the_losses_of_one_process(hydratron, tmp_path: Path) -> None:
-    grid = ["parallel=tp2_dp2", "trainer.num_nodes=2", "hydra.run.dir=two"]
-    step = ["srun", "--nodes=2", "--ntasks-per-node=2", "--kill-on-bad-exit"]
+    _, written = commands("On a cluster")
+    assert written[0] == "srun"
+    program = [str(SCRIPT) if word == "hydratron" else word for word in written[:-1]]
     done = subprocess.run(
-        [*step, str(SCRIPT), "pretrain", *TINY, *grid],
+        [*program, *TINY, "hydra.run.dir=two"],
         cwd=tmp_path,
         env=os.environ,
         capture_output=True,
