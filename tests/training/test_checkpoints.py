@@ -47,7 +47,13 @@ def train(rank: int, world_size: int, run_dir: Path, *settings: Any) -> dict[str
     }
 
 
-@pytest.fixture(scope="module", params=[torch.float64, torch.float32], ids=["float64", "float32"])
+DTYPES = [
+    pytest.param(torch.float64, id="float64"),
+    pytest.param(torch.float32, id="float32", marks=pytest.mark.slow),
+]
+
+
+@pytest.fixture(scope="module", params=DTYPES)
 def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Runs at TP 2 x DP 2 with checkpoints, without and with ZeRO: {shard: (directory, losses)}."""
     dtype, runs = request.param, {}
