@@ -5,8 +5,10 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.end_to_end.conftest import TINY, metrics, result, wait_for_step
+from tests.tasks import write_bert, write_mnli
 from tests.wandb_files import OfflineRun, read_offline_runs
 
 WANDB = [*TINY, "logger=wandb"]
@@ -136,3 +138,22 @@ def test_the_run_of_a_killed_job_is_ended_by_its_launcher(start, tmp_path: Path)
     assert ended.exit_code == 1
     assert ended.config["environment"]["world_size"] == 2
     assert {run.id for run in runs} <= {ended.id, ""}  # what was not yet on disk is lost
+
+
+def test_a_finetuned_run_is_in_wandb_too(in_process, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    write_bert(tmp_path / "bert")
+    write_mnli(tmp_path / "train.jsonl", 16)
+    write_mnli(tmp_path / "dev.jsonl", 8)
+    task = ["task=mnli", "task.train_path=train.jsonl", "task.validation_path=dev.jsonl"]
+    small = ["data.global_batch_size=8", "trainer.log_every=1", "task.max_seq_len=48"]
+    done = in_process("finetune", *task, *small, "task.epochs=1", "checkpoint=bert",
+                      "logger=wandb", "hydra.run.dir=run")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (run,) = read_offline_runs(tmp_path)
+    found = result(tmp_path / "run")
+    assert (run.job_type, run.exit_code) == ("finetune", 0)
+    assert run.config["num_parameters"] == found["num_parameters"]
+    assert run.summary["val/accuracy"] == pytest.approx(found["val/accuracy"])
+    norms = {key for row in run.history for key in row if key.startswith("train/grad_norm/")}
+    assert norms >= {"train/grad_norm/embeddings", "train/grad_norm/layer_00"}
