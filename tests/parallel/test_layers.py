@@ -131,10 +131,12 @@ def dtypes_under_autocast(rank: int, world_size: int) -> list[torch.dtype]:
         return gather(x, group)
 
     layers.gather_into_tensor_parallel_region = recording  # this process ends with the test
+    back = RowParallelLinear(OUT, IN, group=dist.group.WORLD)
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(torch.ones(TOKENS // world_size, IN))
-    return [*gathered, y.dtype]
+        x = back(y)  # its float32 bias must not widen the residual stream
+    return [*gathered, y.dtype, x.dtype]
 
 
-def test_column_parallel_gathers_in_the_dtype_of_autocast(tmp_path: Path) -> None:
-    assert run_distributed(dtypes_under_autocast, 2, tmp_path) == [[torch.bfloat16] * 2] * 2
+def test_collectives_and_outputs_have_the_dtype_of_autocast(tmp_path: Path) -> None:
+    assert run_distributed(dtypes_under_autocast, 2, tmp_path) == [[torch.bfloat16] * 3] * 2

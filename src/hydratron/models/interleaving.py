@@ -90,7 +90,7 @@ def run_interleaved(
         if half.scattering is None:
             return
         pending, part = half.scattering
-        y = finish_reduce_scatter(pending, group) + part.second.bias
+        y = part.second.add_bias(finish_reduce_scatter(pending, group))
         half.x, half.scattering = part.layer.leave(half.x, y, part.layernorm), None
         if following is not None:
             half.gathering = begin(half.x, following)

@@ -95,7 +95,12 @@ class RowParallelLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.group is None:
             return self.linear(x, self.weight, self.bias)
-        return reduce_scatter_from_tensor_parallel_region(self.multiply(x), self.group) + self.bias
+        y = reduce_scatter_from_tensor_parallel_region(self.multiply(x), self.group)  # [T/t, out]
+        return self.add_bias(y)
+
+    def add_bias(self, y: Tensor) -> Tensor:
+        """Add the bias in y's dtype, as `F.linear` does: autocast leaves additions alone."""
+        return y + self.bias.to(y.dtype)
 
     def multiply(self, x: Tensor) -> Tensor:
         """The product alone: a partial sum [T, out_features], without the bias."""
