@@ -28,6 +28,15 @@ def cache_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield directory
 
 
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real rows and vocabularies, which the project does not ship."""
+    folder = Path(__file__).parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("the real data (../shared/data) is not here")
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def clean_torch() -> Iterator[None]:
     """Seed before the test; after it restore the dtype and leave no process group behind."""

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from pytorch_lightning.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 from torch import Tensor
 
-from hydratron.checkpoint.source import read_checkpoint
+from hydratron.checkpoint.layouts import Head
+from hydratron.checkpoint.source import read_checkpoint, write_model
 from hydratron.data.glue import GlueTask
 from hydratron.data.tokenizer import load_tokenizer
 from hydratron.models.bert import BertEncoder
@@ -278,3 +279,33 @@ def test_a_head_of_other_classes_is_refused_unless_a_new_one_is_asked_for(
     bare = read_checkpoint(inputs / "bert")
     with pytest.raises(ValueError, match="it is not finetuned on mnli"):
         PretrainedBert(bare, bare.model, task_of("mnli", inputs), needs_head=True)
+
+
+def test_a_head_of_the_same_shape_for_another_task_is_refused_by_name(
+    inputs: Path, tmp_path: Path
+) -> None:
+    """Two classes, and start and end: both heads are [2, H]."""
+    pair = GlueTask("qqp", ("premise", "hypothesis"), ("0", "1"))
+    other = GlueTask("rte", ("premise", "hypothesis"), ("entailment", "not_entailment"))
+    common = {"name": "x", "max_seq_len": 48}
+    tasks = {spec.name: ClassificationTask(spec=spec, **common) for spec in (pair, other)}
+    bare = read_checkpoint(inputs / "bert")
+    spans = task_of("squad1", inputs)
+    finetune_on(job_for(inputs, kind="squad1", steps=1), tmp_path)
+    write_model(tmp_path, bare.model, Head("span"))
+    checkpoint = read_checkpoint(tmp_path)
+    PretrainedBert(checkpoint, checkpoint.model, spans)
+    with pytest.raises(ValueError, match="needs a head for classification, and .* for span;"):
+        PretrainedBert(checkpoint, checkpoint.model, tasks["qqp"])
+    new = dataclasses.replace(tasks["qqp"], new_head=True)
+    PretrainedBert(checkpoint, checkpoint.model, new)
+    for labels in (("0", "1"), ("LABEL_0", "LABEL_1"), ()):
+        known = dataclasses.replace(checkpoint, head=Head("classification", labels))
+        PretrainedBert(known, known.model, tasks["qqp"])
+    with pytest.raises(ValueError, match=r"for span, and .* for classification;"):
+        PretrainedBert(known, known.model, spans)
+    known = dataclasses.replace(checkpoint, head=Head("classification", ("0", "1")))
+    with pytest.raises(
+        ValueError, match=r"classes entailment, not_entailment, and .* classes 0, 1;"
+    ):
+        PretrainedBert(known, known.model, tasks["rte"])

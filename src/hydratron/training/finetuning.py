@@ -29,7 +29,14 @@ from hydratron.training.module import TrainingModule
 from hydratron.training.optimisation import OptimizerConfig
 from hydratron.training.strategy import TensorParallelStrategy
 from hydratron.training.task_data import TaskData
-from hydratron.training.tasks import GROUPS, Scores, Split, Task, write_outputs
+from hydratron.training.tasks import (
+    GROUPS,
+    ClassificationTask,
+    Scores,
+    Split,
+    Task,
+    write_outputs,
+)
 from hydratron.training.trainer import CHECKPOINTS, ParallelConfig, TrainerConfig, build_trainer
 
 BEST = "best"
@@ -73,6 +80,28 @@ class PretrainedBert:
                     f" checkpoint {self.checkpoint.path} has {stored[name].shape[0]};"
                     " task.new_head=true starts a new one"
                 )
+        if not self.task.new_head and any(name.startswith(HEADS) for name in stored):
+            self._check_head()
+
+    def _check_head(self) -> None:
+        """Refuse the head of another task whose shape is that of this one's."""
+        head, task = self.checkpoint.head, self.task
+        if head is None:
+            return
+        needed = task.spec.labels if isinstance(task, ClassificationTask) else ()
+        # LABEL_0, LABEL_1: what transformers writes where nobody named them
+        is_named = not all(label.startswith("LABEL_") for label in head.labels)
+        kinds, labels = (head.kind, task.kind), (tuple(head.labels), tuple(needed))
+        if kinds[0] != kinds[1]:
+            has, needs = (f"a head for {kind.replace('_', ' ')}" for kind in kinds)
+        elif needed and is_named and labels[0] != labels[1]:
+            has, needs = (f"a head of the classes {', '.join(names)}" for names in labels)
+        else:
+            return
+        raise ValueError(
+            f"task {task.name} needs {needs}, and checkpoint {self.checkpoint.path} has {has};"
+            " task.new_head=true starts a new one"
+        )
 
     def _network(self, tp_group: Any) -> nn.Module:
         return self.task.build_network(BertEncoder(self.model, tp_group), self.model.hidden_size)

@@ -187,7 +187,7 @@ class SquadTask(TaskSettings):
     num_best: int = 20
     max_answer_length: int = 30
     null_threshold: float | None = None
-    kind: ClassVar[str] = "spans"
+    kind: ClassVar[str] = "span"
     main_metric: ClassVar[str] = "f1"
 
     def read(self, group: str) -> dict[str, list[squad.SquadQuestion]]:

@@ -1,4 +1,4 @@
-"""A tokenizer small enough to check by hand, and the real data where it is there."""
+"""A tokenizer small enough to check by hand, and a real one where the real data is."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,14 +21,6 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFa
     folder = tmp_path_factory.mktemp("tiny_vocab")
     (folder / "vocab.txt").write_text(WORDS.replace(" ", "\n") + "\n", encoding="utf-8")
     return load_tokenizer(str(folder))
-
-
-@pytest.fixture(scope="session")
-def shared_data() -> Path:
-    folder = Path(__file__).parents[4].parent / "shared" / "data"
-    if not folder.is_dir():
-        pytest.skip("the real data (../shared/data) is not here")
-    return folder
 
 
 @pytest.fixture(scope="session")
