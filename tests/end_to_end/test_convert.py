@@ -32,9 +32,8 @@ def pretrained(hydratron, tmp_path: Path, request: pytest.FixtureRequest) -> Pat
     return run
 
 
-@pytest.mark.parametrize(
-    "pretrained", ["post", pytest.param("pre", marks=pytest.mark.slow), "gpt2"], indirect=True
-)
+@pytest.mark.slow  # the README's test converts a run there and back too
+@pytest.mark.parametrize("pretrained", ["post", "pre", "gpt2"], indirect=True)
 def test_a_run_goes_to_hugging_face_and_back_bit_for_bit(
     hydratron, tmp_path: Path, pretrained: Path, request: pytest.FixtureRequest
 ) -> None:

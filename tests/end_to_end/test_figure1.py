@@ -11,7 +11,7 @@ RESULTS = Path(__file__).parents[2] / "experiments/01_layernorm_placement/result
 SHORT = ["trainer.max_steps=2", "trainer.log_every=1", "data.validation_samples=128"]
 
 
-@pytest.mark.parametrize("layernorm", ["post", "pre"])
+@pytest.mark.parametrize("layernorm", ["post", pytest.param("pre", marks=pytest.mark.slow)])
 def test_a_row_s_command_runs_on_the_cpu(hydratron, tmp_path: Path, layernorm: str) -> None:
     runs = pd.read_csv(RESULTS)
     row = runs[(runs["layernorm"] == layernorm) & (runs["model.num_layers"] == 12)].iloc[0]

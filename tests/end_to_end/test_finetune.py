@@ -84,6 +84,7 @@ def test_a_finetuned_run_evaluates_to_its_own_scores(hydratron: Run, inputs: Pat
     assert len(metrics(inputs / "run")) == found["steps"]
 
 
+@pytest.mark.slow
 def test_finetuning_goes_on_after_a_kill(hydratron: Run, inputs: Path) -> None:
     settings = [*SMALL, *MNLI, "checkpoint=bert", "trainer.checkpoint_every=2"]
     settings += ["optimizer.schedule=constant", "optimizer.warmup_steps=1"]
@@ -110,10 +111,8 @@ def test_finetuning_goes_on_after_a_kill(hydratron: Run, inputs: Path) -> None:
     assert run.equals(whole)
 
 
-SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("roberta", "albert")]
-
-
-@pytest.mark.parametrize("kind", [*SLOW, "xlnet"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["roberta", "albert", "xlnet"])
 def test_encoders_of_transformers_run_through_the_same_commands(
     kind: str, hydratron: Run, inputs: Path
 ) -> None:

@@ -126,6 +126,7 @@ def kill_and_rerun(hydratron: Callable, tmp_path: Path, texts: Path, moments: li
     assert digest(tmp_path / "killed") == reference
 
 
+@pytest.mark.slow
 def test_a_killed_preparation_goes_on_to_the_same_bytes(
     hydratron: Callable, tmp_path: Path, texts: Path
 ) -> None:

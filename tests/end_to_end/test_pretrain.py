@@ -57,7 +57,7 @@ def test_gpt2_trains_with_either_placement(hydratron, tmp_path: Path, layernorm:
     assert result(tmp_path / "run")["model"] == "gpt2"
 
 
-@pytest.mark.parametrize("grid", [pytest.param("single", marks=pytest.mark.slow), "tp2"])
+@pytest.mark.parametrize("grid", ["single", pytest.param("tp2", marks=pytest.mark.slow)])
 def test_sigterm_saves_exits_143_and_resumes_bit_for_bit(
     hydratron, start, tmp_path: Path, grid: str
 ) -> None:
