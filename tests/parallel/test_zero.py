@@ -29,7 +29,7 @@ def train(optimizer: torch.optim.Optimizer, weights: list[nn.Parameter]) -> None
     for _ in range(STEPS):
         for weight in weights:
             gradient = torch.randn(weight.shape, generator=generator)
-            weight.grad = gradient.to(torch.bfloat16).to(weight.dtype)
+            weight.grad = gradient.to(weight.device, torch.bfloat16).to(weight.dtype)
         optimizer.step()
         optimizer.zero_grad()
 

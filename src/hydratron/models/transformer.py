@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from hydratron.models.config import ModelConfig
+from hydratron.models.dropout import Dropout
 from hydratron.models.interleaving import run_interleaved
 from hydratron.parallel.layers import (
     ColumnParallelLinear,
@@ -133,7 +134,7 @@ class TransformerLayer(nn.Module):
     def __init__(self, config: ModelConfig, tp_group: ProcessGroup | None = None) -> None:
         super().__init__()
         self.placement = config.layernorm
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.dropout = Dropout(config.hidden_dropout)
         self.attention_layernorm = layer_norm(config)
         self.attention = Attention(config, tp_group)
         self.mlp_layernorm = layer_norm(config)
@@ -179,7 +180,7 @@ class Transformer(nn.Module):
         )
         is_pre = config.layernorm == "pre"
         self.embedding_layernorm = None if is_pre else layer_norm(config)
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.dropout = Dropout(config.hidden_dropout)
         self.layers = nn.ModuleList(
             TransformerLayer(config, tp_group) for _ in range(config.num_layers)
         )

@@ -54,9 +54,18 @@ def clip_grad_norm(
     on the device; nothing waits for it. With a norm that is not finite, what the
     gradients hold afterwards is undefined: the step is to be skipped.
     """
-    norm = torch.stack(list(squares.values())).sum().sqrt()
-    if max_norm is not None:
-        coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    norm, coefficient = clip_coefficient(squares, max_norm=max_norm)
+    if coefficient is not None:
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         torch._foreach_mul_(gradients, coefficient.to(gradients[0].dtype))
     return norm
+
+
+def clip_coefficient(
+    squares: dict[str, Tensor], *, max_norm: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return the global norm and what gradients are to be multiplied with: 0-d, on the device."""
+    norm = torch.stack(list(squares.values())).sum().sqrt()
+    if max_norm is None:
+        return norm, None
+    return norm, (max_norm / (norm + 1e-6)).clamp(max=1.0)

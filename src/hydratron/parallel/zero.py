@@ -11,6 +11,7 @@ from torch.distributed import ProcessGroup
 from torch.optim import AdamW
 
 from hydratron.parallel.mappings import all_gather
+from hydratron.parallel.masters import MasterWeight, adamw_factors, update_masters
 from hydratron.parallel.placement import Placement
 
 
@@ -57,6 +58,11 @@ class ShardedAdamW(AdamW):
         own = [g | {"params": [self.shards[p].part for p in g["params"]]} for g in groups]
         super().__init__(own, **settings)
         self._apart = [s for s in self.shards.values() if s.part is not s.parameter]
+        # masters on a GPU, updated by kernels of our own, which can clip at no cost
+        self.scales_gradients = all(
+            p.is_cuda and p.dtype.itemsize < s.part.dtype.itemsize for p, s in self.shards.items()
+        )
+        self.gradient_factor: Tensor | None = None  # of the next step
 
     def _shard(self, parameter: nn.Parameter, tp_dim: int | None) -> OptimizerShard:
         group_size = 1 if self.dp_group is None else self.dp_group.size()
@@ -87,21 +93,55 @@ class ShardedAdamW(AdamW):
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:  # type: ignore[override]
         """Update this rank's parts and gather every parameter."""
-        for shard in self._apart:
+        own_weights = self._update_masters() if self.scales_gradients else {}
+        others = [shard for shard in self._apart if shard.parameter not in own_weights]
+        for shard in others:
             assert shard.parameter.grad is not None
             own = self._own_part(shard.parameter.grad, shard.dp_dim)
             shard.part.grad = own.contiguous().to(shard.part.dtype)  # fused kernels need it dense
         loss = super().step(closure)
-        whole = [shard for shard in self._apart if shard.dp_dim is None]
-        if whole:
+        if whole := [shard for shard in others if shard.dp_dim is None]:
             torch._foreach_copy_([s.parameter for s in whole], [s.part for s in whole])
-        for shard in self._apart:
+        for shard in others:
             shard.part.grad = None
+        for shard in self._apart:
             if shard.dp_dim is not None and self.dp_group is not None:
-                own = shard.part.detach().to(shard.parameter.dtype).unsqueeze(0)
-                gathered = all_gather(own, self.dp_group)  # [dp, ...]
+                own = own_weights.get(shard.parameter)
+                own = shard.part.detach().to(shard.parameter.dtype) if own is None else own
+                gathered = all_gather(own.unsqueeze(0), self.dp_group)  # [dp, ...]
                 shard.parameter.copy_(torch.cat(gathered.unbind(0), dim=shard.dp_dim))
         return loss
+
+    def _update_masters(self) -> dict[nn.Parameter, Tensor]:
+        """Update every master in one pass; return the 16-bit weights of this rank's parts."""
+        skip, factor = getattr(self, "found_inf", None), self.gradient_factor
+        updated: dict[nn.Parameter, Tensor] = {}
+        shard_of = {shard.part: shard for shard in self.shards.values()}
+        for group in self.param_groups:
+            states = [self._started(part) for part in group["params"]]
+            steps = [state["step"] for state in states]
+            torch._foreach_add_(steps, 1.0 if skip is None else 1.0 - skip)
+            parts = []
+            for part, state in zip(group["params"], states, strict=True):
+                parameter, dim = shard_of[part].parameter, shard_of[part].dp_dim
+                assert parameter.grad is not None
+                whole = dim is None
+                weight = parameter if whole else torch.empty_like(part, dtype=parameter.dtype)
+                updated[parameter] = weight
+                gradient = self._own_part(parameter.grad, dim).contiguous()
+                parts.append(
+                    MasterWeight(weight, gradient, part, state["exp_avg"], state["exp_avg_sq"])
+                )
+            update_masters(parts, adamw_factors(group, steps[0], factor, skip), group)
+        return updated
+
+    def _started(self, part: nn.Parameter) -> dict[str, Any]:
+        """Return the state of a part, made as AdamW makes it."""
+        state = self.state[part]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=part.device)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(part), torch.zeros_like(part)
+        return state
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients of the parameters themselves."""

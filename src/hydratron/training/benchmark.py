@@ -16,11 +16,11 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from hydratron.parallel.grad_norm import clip_grad_norm, squared_gradient_norms
+from hydratron.parallel.grad_norm import squared_gradient_norms
 from hydratron.parallel.placement import reduce_partial_gradients
 from hydratron.perf.trace import breakdown, read_trace
 from hydratron.training.module import TrainingModule
-from hydratron.training.optimisation import OptimizerConfig, build_optimizer
+from hydratron.training.optimisation import OptimizerConfig, build_optimizer, clip_gradients
 
 TRACE = "trace.json.gz"
 GIB = 2**30
@@ -183,7 +183,7 @@ class StepTimer(Callback):
                         loss.backward()
             reduce_partial_gradients(network, mesh.tp_group)
             squares = squared_gradient_norms(network, mesh.tp_group)
-            clip_grad_norm(network, squares, max_norm=module.optimizer_config.clip)
+            clip_gradients(network, optimizer, squares, max_norm=module.optimizer_config.clip)
             optimizer.step()
             optimizer.zero_grad()
 

@@ -14,14 +14,18 @@ from torch import Tensor, nn
 from hydratron.models.transformer import interleave_halves
 from hydratron.parallel.fp8 import use_fp8
 from hydratron.parallel.grad_norm import (
-    clip_grad_norm,
     layer_gradient_norms,
     squared_gradient_norms,
 )
 from hydratron.parallel.mappings import all_reduce
 from hydratron.parallel.mesh import ParallelMesh
 from hydratron.parallel.placement import reduce_partial_gradients
-from hydratron.training.optimisation import OptimizerConfig, build_optimizer, skip_if_not_finite
+from hydratron.training.optimisation import (
+    OptimizerConfig,
+    build_optimizer,
+    clip_gradients,
+    skip_if_not_finite,
+)
 from hydratron.training.step_graphs import StepGraphs
 from hydratron.training.strategy import TensorParallelStrategy
 
@@ -221,7 +225,12 @@ class TrainingModule(LightningModule):
         if scaler is not None:
             scaler.unscale_(optimizer.optimizer)  # pyright: ignore
         squares = squared_gradient_norms(self.network, self.mesh.tp_group)
-        norm = clip_grad_norm(self.network, squares, max_norm=self.optimizer_config.clip)
+        norm = clip_gradients(
+            self.network,
+            optimizer.optimizer,  # pyright: ignore
+            squares,
+            max_norm=self.optimizer_config.clip,
+        )
         if scaler is None:
             self.skipped_steps += skip_if_not_finite(optimizer.optimizer, norm)  # pyright: ignore
         else:  # an overflow is the scaler's to skip and nothing to count; a bad loss is

@@ -11,6 +11,7 @@ from torch.distributed import ProcessGroup
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from hydratron.parallel.grad_norm import clip_coefficient, clip_grad_norm
 from hydratron.parallel.placement import parameter_placements
 from hydratron.parallel.zero import ShardedAdamW
 
@@ -125,6 +126,23 @@ def build_optimizer(
     else:
         optimizer = AdamW(groups, **settings)
     return optimizer, LambdaLR(optimizer, learning_rate_factor(config, max_steps=max_steps))
+
+
+def clip_gradients(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    squares: dict[str, torch.Tensor],
+    *,
+    max_norm: float | None,
+) -> torch.Tensor:
+    """Return the gradients' norm, 0-d, and see that the next step takes them clipped.
+
+    An optimizer whose kernels can scale does it on the way; for others it is done in place.
+    """
+    if not (isinstance(optimizer, ShardedAdamW) and optimizer.scales_gradients):
+        return clip_grad_norm(network, squares, max_norm=max_norm)
+    norm, optimizer.gradient_factor = clip_coefficient(squares, max_norm=max_norm)
+    return norm
 
 
 def skip_if_not_finite(optimizer: torch.optim.Optimizer, norm: torch.Tensor) -> torch.Tensor:
