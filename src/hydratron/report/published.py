@@ -7,7 +7,7 @@ Source of every number: "State-of-the-Art Language Modeling Using Megatron on th
 from collections import Counter
 from collections.abc import Callable
 
-from hydratron.report.groups import Group, Section, Spread, format_number, name_value
+from hydratron.report.groups import Group, Section, format_number, name_value
 from hydratron.report.protocols import find_protocols, protocol_directory
 from hydratron.report.speed import OURS, section_rows, weak_scaling
 from hydratron.report.tables import Table
@@ -62,10 +62,6 @@ TASK_METRICS = {
     "race": (),
 }
 IN_PERCENT = ("squad1", "squad2")  # as the official script gives them; the others are shares
-
-
-def _spread(group: Group, names: tuple[str, ...]) -> Spread | None:
-    return next((spread for name in names if (spread := group.spread(name))), None)
 
 
 def _value(group: Group, key: str) -> str:
