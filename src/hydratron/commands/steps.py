@@ -4,34 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from hydratron.checkpoint.source import read_run_config
 from hydratron.commands.configuration import build
-from hydratron.data.bert import BertSampleSettings, max_predictions
-from hydratron.data.tokenizer import SpecialTokens
 from hydratron.models.config import ModelConfig
 from hydratron.perf.step import StepConfig
 from hydratron.result import read_result
 from hydratron.training.datamodule import DataConfig
 from hydratron.training.optimisation import OptimizerConfig
 from hydratron.training.trainer import ParallelConfig, TrainerConfig
-
-
-def num_predictions(model: ModelConfig, data: DataConfig) -> int:
-    """Return the positions of a sequence whose vocabulary product is computed."""
-    if model.family == "gpt2":
-        return data.seq_len
-    return max_predictions(
-        BertSampleSettings(
-            seq_len=data.seq_len,
-            seed=0,
-            vocab_size=model.vocab_size,
-            special_tokens=SpecialTokens(pad=0, cls=0, sep=0, mask=0, eod=0, all_ids=()),
-            word_start=np.zeros(model.vocab_size, dtype=bool),
-            masked_fraction=data.masked_fraction,
-        )
-    )
 
 
 def read_step(config: Mapping[str, Any]) -> StepConfig:
@@ -51,7 +31,7 @@ def read_step(config: Mapping[str, Any]) -> StepConfig:
     return StepConfig(
         model,
         seq_len=data.seq_len,
-        num_predictions=num_predictions(model, data),
+        num_predictions=data.num_predictions(model.family),
         micro_batch_size=micro_batch_size,
         num_micro_batches=share // micro_batch_size,
         tensor_parallel_size=parallel.tensor_parallel_size,

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from hydratron.data.indexed import IndexedCorpus
 from hydratron.data.tokenizer import SpecialTokens
 
+NUM_SPECIAL = 3  # of a sample's tokens: [CLS] and two [SEP]
 _INDEX, _ORDER, _SAMPLE = 0, 1, 2  # random streams
 _DOCUMENTS_AT_ONCE = 1 << 16  # while cutting, which takes ten times what it leaves
 
@@ -61,14 +62,19 @@ class BertSampleSettings:
 
     @property
     def room(self) -> int:
-        """Tokens of text in a full sample: all but [CLS] and two [SEP]."""
-        return self.seq_len - 3
+        """Tokens of text in a full sample."""
+        return self.seq_len - NUM_SPECIAL
+
+
+def most_masked(seq_len: int, masked_fraction: float) -> int:
+    """M, the most masked tokens of a sample: the masked fraction of a full one, rounded up."""
+    # the last digits of 0.15 * 20 must not become a position
+    return max(1, math.ceil(masked_fraction * (seq_len - NUM_SPECIAL) - 1e-9))
 
 
 def max_predictions(settings: BertSampleSettings) -> int:
-    """M, the most masked tokens of a sample: the masked fraction of a full one, rounded up."""
-    # the last digits of 0.15 * 20 must not become a position
-    return max(1, math.ceil(settings.masked_fraction * settings.room - 1e-9))
+    """M of the samples that `settings` decide."""
+    return most_masked(settings.seq_len, settings.masked_fraction)
 
 
 class BertSamples(Dataset[dict[str, np.ndarray]]):
@@ -133,7 +139,7 @@ class BertSamples(Dataset[dict[str, np.ndarray]]):
         settings, special = self.settings, self.settings.special_tokens
         rng = np.random.default_rng((settings.seed, _SAMPLE, k))
         a, b, swapped = self._segments(k, rng)
-        length = len(a) + len(b) + 3
+        length = len(a) + len(b) + NUM_SPECIAL
 
         input_ids = np.full(settings.seq_len, special.pad, dtype=np.int64)
         input_ids[:length] = np.concatenate(

@@ -10,7 +10,7 @@ import torch
 from pytorch_lightning import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
-from hydratron.data.bert import BertSamples, BertSampleSettings, max_predictions
+from hydratron.data.bert import BertSamples, BertSampleSettings, most_masked
 from hydratron.data.blend import BlendedSamples, BlendIndex
 from hydratron.data.gpt2 import Gpt2Samples
 from hydratron.data.indexed import IndexedCorpus, split_by_document
@@ -85,6 +85,12 @@ class DataConfig:
                 f" {micro} x data_parallel_size {data_parallel_size}"
             )
         return micro
+
+    def num_predictions(self, family: str) -> int:
+        """Return the positions of a sequence whose vocabulary product a model family computes."""
+        if family == "gpt2":
+            return self.seq_len
+        return most_masked(self.seq_len, self.masked_fraction)
 
 
 class PretrainingData(LightningDataModule):
@@ -196,9 +202,7 @@ class PretrainingData(LightningDataModule):
     @property
     def num_predictions(self) -> int:
         """Positions of a sequence whose vocabulary product is computed."""
-        if self.model.family == "gpt2":
-            return self.config.seq_len
-        return max_predictions(self._bert_settings(self.seed))
+        return self.config.num_predictions(self.model.family)
 
     def unigram_entropy(self) -> float:
         """Nats a token of held-out text costs a model that knows only the training frequencies.
