@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from pytorch_lightning import Callback
 
 from hydratron.commands import pretrain
-from hydratron.commands.configuration import cluster_environment
+from hydratron.commands.environment import cluster_environment
 from hydratron.launch import configuration_directory
 from hydratron.training.benchmark import Stopwatch
 from hydratron.training.callbacks import StepCheckpoint

@@ -10,11 +10,13 @@ from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 
+from hydratron.data.config import DataConfig
 from hydratron.models.config import ModelConfig
-from hydratron.training.datamodule import DataConfig, PretrainingData
+from hydratron.training.config import ParallelConfig, TrainerConfig
+from hydratron.training.datamodule import PretrainingData
 from hydratron.training.optimisation import OptimizerConfig
 from hydratron.training.pretraining import PretrainingModule
-from hydratron.training.trainer import ParallelConfig, TrainerConfig, build_trainer
+from hydratron.training.trainer import build_trainer
 
 
 class MetricsList(Logger):

@@ -10,10 +10,10 @@ from omegaconf import OmegaConf
 from hydratron.commands.configuration import build
 from hydratron.commands.tasks import build_task, fill
 from hydratron.launch import configuration_directory
+from hydratron.training.config import TrainerConfig
 from hydratron.training.optimisation import OptimizerConfig
 from hydratron.training.task_data import BatchConfig
 from hydratron.training.tasks import TaskSettings
-from hydratron.training.trainer import TrainerConfig
 
 CONF = configuration_directory()
 ZERO_SHOT = ["lambada", "wikitext103"]

@@ -1,6 +1,9 @@
 """`hydratron plan` as a user calls it."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pandas as pd
 import pytest
@@ -27,6 +30,28 @@ def test_a_plan_ranks_the_splits_and_leaves_its_files(in_process, tmp_path) -> N
         assert (tmp_path / f"run/{name}.svg").is_file()
     assert list(pd.read_csv(tmp_path / "run/scaling.csv").gpus)[-1] == 1024
     assert result(tmp_path / "run")["plan/step_ms"] == rows.step_ms.iloc[0]
+
+
+def test_a_plan_starts_none_of_the_libraries_that_training_needs(tmp_path) -> None:
+    """Importing them would take longer than a small plan does."""
+    command = ["hydratron", "plan", *SINGLE, "hydra.run.dir=run"]
+    program = f"""
+import sys
+from hydratron import cli
+sys.argv = {command!r}
+cli.main()
+print({{"pytorch_lightning", "transformers", "datasets", "wandb"}} & sys.modules.keys())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "set()"
 
 
 @pytest.mark.slow

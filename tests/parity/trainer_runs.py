@@ -12,11 +12,12 @@ from pytorch_lightning.loggers.logger import Logger
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from hydratron.commands.configuration import cluster_environment
+from hydratron.commands.environment import cluster_environment
 from hydratron.models.config import ModelConfig
+from hydratron.training.config import ParallelConfig, TrainerConfig
 from hydratron.training.optimisation import OptimizerConfig
 from hydratron.training.pretraining import PretrainingModule
-from hydratron.training.trainer import ParallelConfig, TrainerConfig, build_trainer
+from hydratron.training.trainer import build_trainer
 from tests.parallel.twins import batch_for
 
 

@@ -21,11 +21,11 @@ from hydratron.models.bert import BertEncoder
 from hydratron.models.config import ModelConfig
 from hydratron.models.heads import Classifier, SpanExtractor, seed_dropout
 from hydratron.parallel.placement import reduce_partial_gradients
+from hydratron.training.config import ParallelConfig, TrainerConfig
 from hydratron.training.finetuning import FinetuneJob, PretrainedBert, finetune
 from hydratron.training.optimisation import OptimizerConfig
 from hydratron.training.task_data import BatchConfig, TaskData
 from hydratron.training.tasks import ClassificationTask, RaceTask, SquadTask, load_scores
-from hydratron.training.trainer import ParallelConfig, TrainerConfig
 from tests.distributed import run_distributed
 from tests.parallel.twins import (
     backward_over_micro_batches,

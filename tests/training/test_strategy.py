@@ -9,7 +9,7 @@ from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.plugins import MixedPrecision
 
 from hydratron.parallel.placement import parameter_placements
-from hydratron.training.trainer import ParallelConfig, TrainerConfig
+from hydratron.training.config import ParallelConfig, TrainerConfig
 from tests.distributed import run_distributed
 from tests.pretraining import Job
 from tests.training.overflow import Overflow

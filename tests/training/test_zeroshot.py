@@ -15,8 +15,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from hydratron.checkpoint.source import read_checkpoint
 from hydratron.data.tokenizer import load_tokenizer, train_tokenizer
 from hydratron.data.zeroshot import count_original_tokens, wikitext_detokenize
+from hydratron.training.config import ParallelConfig, TrainerConfig
 from hydratron.training.evaluation import evaluate
-from hydratron.training.trainer import ParallelConfig, TrainerConfig
 from hydratron.training.zeroshot import (
     LambadaTask,
     WikitextTask,

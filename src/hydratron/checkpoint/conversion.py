@@ -13,13 +13,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from hydratron.checkpoint import huggingface, sharded
-from hydratron.checkpoint.source import (
-    CHECKPOINTS,
-    TOKENIZER,
-    Checkpoint,
-    read_run_config,
-    write_model,
-)
+from hydratron.checkpoint.runs import read_run_config
+from hydratron.checkpoint.source import CHECKPOINTS, TOKENIZER, Checkpoint, write_model
 from hydratron.models.bert import BertEncoder, BertForPretraining
 from hydratron.models.gpt2 import Gpt2ForPretraining
 from hydratron.parallel.mesh import ParallelMesh

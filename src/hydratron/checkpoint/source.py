@@ -8,11 +8,9 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-import yaml
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor, nn
@@ -21,12 +19,12 @@ from transformers import PreTrainedTokenizerFast
 from hydratron.checkpoint import huggingface, sharded
 from hydratron.checkpoint.layouts import Head
 from hydratron.checkpoint.megatron import is_megatron, read_megatron
+from hydratron.checkpoint.runs import FROZEN_CONFIG, read_run_config
 from hydratron.checkpoint.tensors import StoredTensor, check_parameters, fill_parameters, sliced
 from hydratron.models.config import ModelConfig
 from hydratron.parallel.mesh import ParallelMesh
 
 CHECKPOINTS, TOKENIZER, MODEL = "checkpoints", "tokenizer", "model.json"
-FROZEN_CONFIG = Path(".hydra/resolved.yaml")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "encoder.json")
 # what the head of a finetuned run does, by the end of its task's class
 TASK_HEADS = {
@@ -171,12 +169,6 @@ def write_model(directory: Path, model: ModelConfig, head: Head | None = None) -
     if head is not None:
         values["head"] = dataclasses.asdict(head)
     (directory / MODEL).write_text(json.dumps(values, indent=2) + "\n")
-
-
-def read_run_config(directory: Path) -> dict[str, Any]:
-    """Return the frozen configuration of a run, empty where there is none."""
-    path = directory / FROZEN_CONFIG
-    return yaml.safe_load(path.read_text()) if path.is_file() else {}
 
 
 def _read_model(directory: Path) -> tuple[ModelConfig, Head | None]:

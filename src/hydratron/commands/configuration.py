@@ -1,6 +1,5 @@
 """Where OmegaConf stops: composed configurations become frozen dataclasses."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, TypeVar
@@ -8,15 +7,9 @@ from typing import Any, TypeVar
 import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pytorch_lightning.plugins.environments import (
-    ClusterEnvironment,
-    LightningEnvironment,
-    SLURMEnvironment,
-    TorchElasticEnvironment,
-)
 
 from hydratron.processes import is_external_launch
-from hydratron.training.trainer import TrainerConfig
+from hydratron.training.config import TrainerConfig
 
 ConfigT = TypeVar("ConfigT")
 
@@ -55,12 +48,3 @@ def check_devices(trainer: TrainerConfig, world_size: int) -> None:
         found = torch.cuda.device_count()
         if found < needed:
             raise ValueError(f"the job needs {needed} GPUs a node and this machine has {found}")
-
-
-def cluster_environment() -> ClusterEnvironment:
-    """Return Lightning's view of the processes that exist."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        return TorchElasticEnvironment()
-    if is_external_launch():
-        return SLURMEnvironment(auto_requeue=False)
-    return LightningEnvironment()

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from hydratron.commands import tasks
-from hydratron.commands.configuration import build, cluster_environment
+from hydratron.commands.configuration import build
+from hydratron.commands.environment import cluster_environment
+from hydratron.training.config import ParallelConfig, TrainerConfig
 from hydratron.training.evaluation import evaluate, load_ensemble, score_ensemble
 from hydratron.training.finetuning import OUTPUT, Finetuning
-from hydratron.training.trainer import ParallelConfig, TrainerConfig
 
 Job = Callable[[Path], dict[str, Any]]
 

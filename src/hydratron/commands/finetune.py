@@ -7,13 +7,14 @@ from typing import Any
 
 from pytorch_lightning.loggers import Logger
 
-from hydratron.commands.configuration import build, cluster_environment
+from hydratron.commands.configuration import build
+from hydratron.commands.environment import cluster_environment
 from hydratron.commands.tasks import build_task, describe_source, fill, open_source
 from hydratron.commands.tracking import note, tracked
+from hydratron.training.config import ParallelConfig, TrainerConfig
 from hydratron.training.finetuning import FinetuneJob, finetune
 from hydratron.training.optimisation import OptimizerConfig
 from hydratron.training.task_data import BatchConfig, TaskData
-from hydratron.training.trainer import ParallelConfig, TrainerConfig
 
 
 @dataclass(frozen=True)

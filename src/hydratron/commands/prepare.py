@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hydratron.commands.configuration import build
+from hydratron.data.config import DataConfig
 from hydratron.data.deduplication import NearDuplicates
 from hydratron.data.prepare import (
     ExecutorConfig,
@@ -16,7 +17,6 @@ from hydratron.data.prepare import (
 )
 from hydratron.data.sources import CorpusConfig, Source, StepsConfig
 from hydratron.launch import JobFailed
-from hydratron.training.datamodule import DataConfig
 
 
 def prepare(config: Mapping[str, Any]) -> Preparation:

@@ -15,17 +15,20 @@ from hydratron.checkpoint.sharded import (
     newest_checkpoint,
 )
 from hydratron.checkpoint.source import TOKENIZER
-from hydratron.commands.configuration import build, check_devices, cluster_environment
+from hydratron.commands.configuration import build, check_devices
+from hydratron.commands.environment import cluster_environment
 from hydratron.commands.tracking import note, tracked
+from hydratron.data.config import DataConfig
 from hydratron.launch import JobFailed
 from hydratron.models.config import ModelConfig
 from hydratron.training.callbacks import NUM_KEPT, Throughput, stopped_by
-from hydratron.training.datamodule import DataConfig, PretrainingData
+from hydratron.training.config import ParallelConfig, TrainerConfig
+from hydratron.training.datamodule import PretrainingData
 from hydratron.training.metrics import MetricsFile
 from hydratron.training.module import NonFiniteLossError
 from hydratron.training.optimisation import OptimizerConfig
 from hydratron.training.pretraining import PretrainingModule, num_parameters
-from hydratron.training.trainer import CHECKPOINTS, ParallelConfig, TrainerConfig, build_trainer
+from hydratron.training.trainer import CHECKPOINTS, build_trainer
 
 
 @dataclass(frozen=True)

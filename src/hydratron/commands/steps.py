@@ -4,14 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hydratron.checkpoint.source import read_run_config
+from hydratron.checkpoint.runs import read_run_config
 from hydratron.commands.configuration import build
+from hydratron.data.config import DataConfig
 from hydratron.models.config import ModelConfig
 from hydratron.perf.step import StepConfig
 from hydratron.result import read_result
-from hydratron.training.datamodule import DataConfig
+from hydratron.training.config import ParallelConfig, TrainerConfig
 from hydratron.training.optimisation import OptimizerConfig
-from hydratron.training.trainer import ParallelConfig, TrainerConfig
 
 
 def read_step(config: Mapping[str, Any]) -> StepConfig:

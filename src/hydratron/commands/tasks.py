@@ -10,13 +10,13 @@ from hydra.errors import HydraException
 from hydra.utils import get_class
 
 from hydratron.checkpoint.baseline import Baseline, read_baseline
+from hydratron.checkpoint.runs import read_run_config
 from hydratron.checkpoint.sharded import newest_checkpoint
 from hydratron.checkpoint.source import (
     CHECKPOINTS,
     TOKENIZER,
     Checkpoint,
     read_checkpoint,
-    read_run_config,
     write_model,
 )
 from hydratron.commands.configuration import build

@@ -12,7 +12,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from hydratron.data.indexed import IndexedCorpus
-from hydratron.data.tokenizer import SpecialTokens
+from hydratron.data.special_tokens import SpecialTokens
 
 NUM_SPECIAL = 3  # of a sample's tokens: [CLS] and two [SEP]
 _INDEX, _ORDER, _SAMPLE = 0, 1, 2  # random streams

@@ -6,7 +6,6 @@ import os
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
 
@@ -22,6 +21,8 @@ from tokenizers import (
 )
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from hydratron.data.special_tokens import SpecialTokens
+
 TokenizerKind = Literal["wordpiece", "bpe", "character"]
 TOKENIZER_KINDS: tuple[TokenizerKind, ...] = ("wordpiece", "bpe", "character")
 
@@ -35,21 +36,6 @@ _ROLES = {
 }
 _SPECIALS = list(_ROLES.values())
 _NO_LIMIT = 10**30  # what transformers takes for "no maximum length"
-
-
-@dataclass(frozen=True)
-class SpecialTokens:
-    """Ids of the special tokens.
-
-    -1 stands for one that the tokenizer lacks and the objective does not need.
-    """
-
-    pad: int
-    cls: int
-    sep: int
-    mask: int
-    eod: int  # end of document
-    all_ids: tuple[int, ...]  # these and all others, such as [UNK]: never masked, never drawn
 
 
 def train_tokenizer(

@@ -7,12 +7,13 @@ from typing import Any
 from pytorch_lightning import LightningDataModule
 from pytorch_lightning.plugins.environments import ClusterEnvironment
 
+from hydratron.training.config import ParallelConfig, TrainerConfig
 from hydratron.training.finetuning import OUTPUT, score_split
 from hydratron.training.module import Objective, TrainingModule
 from hydratron.training.optimisation import OptimizerConfig
 from hydratron.training.task_data import TaskData
 from hydratron.training.tasks import Scores, load_scores, write_outputs
-from hydratron.training.trainer import ParallelConfig, TrainerConfig, build_trainer
+from hydratron.training.trainer import build_trainer
 
 
 def evaluate(

@@ -24,6 +24,7 @@ from hydratron.models.heads import seed_dropout
 from hydratron.models.initialisation import initialize_parameters
 from hydratron.parallel.mesh import ParallelMesh
 from hydratron.training.callbacks import stopped_by
+from hydratron.training.config import ParallelConfig, TrainerConfig
 from hydratron.training.metrics import MetricsFile
 from hydratron.training.module import TrainingModule
 from hydratron.training.optimisation import OptimizerConfig
@@ -37,7 +38,7 @@ from hydratron.training.tasks import (
     Task,
     write_outputs,
 )
-from hydratron.training.trainer import CHECKPOINTS, ParallelConfig, TrainerConfig, build_trainer
+from hydratron.training.trainer import CHECKPOINTS, build_trainer
 
 BEST = "best"
 OUTPUT = "predictions"  # of a run directory

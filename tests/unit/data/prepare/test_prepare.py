@@ -9,6 +9,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from hydratron.commands.configuration import build
+from hydratron.data.config import DataConfig
 from hydratron.data.deduplication import NearDuplicates
 from hydratron.data.indexed import IndexedCorpus
 from hydratron.data.manifest import Manifest
@@ -18,7 +19,6 @@ from hydratron.data.stages import atomic_file
 from hydratron.data.text import read_text_folder
 from hydratron.data.tokenizer import load_tokenizer
 from hydratron.launch import configuration_directory
-from hydratron.training.datamodule import DataConfig
 
 SHIPPED = Path(__file__).parents[4] / "src/hydratron/data/shipped"
 ONE = ExecutorConfig(workers=1)
