@@ -6,16 +6,14 @@ runs over the flattened tokens, no layout change is needed on either side.
 Letters: B batch, S sequence, T tokens (padded to a multiple of t), H hidden, N heads, D head dim.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from hydratron.models.attention import attend
 from hydratron.models.config import ModelConfig
 from hydratron.models.dropout import Dropout
 from hydratron.models.interleaving import run_interleaved
@@ -30,20 +28,13 @@ from hydratron.parallel.mappings import local_tokens
 from hydratron.parallel.mesh import ProcessGroup
 from hydratron.parallel.placement import mark_sequence_sharded
 
-# Fastest first on a Hopper GPU: with dropout, cuDNN's kernel takes 0.83 of the time of
-# FlashAttention 2 at [16, 15, 1024, 128], causal, and 0.93 at [32, 16, 512, 64].
-ATTENTION_KERNELS = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
 _aten, _c10d = torch.ops.aten, torch.ops._c10d_functional
 # What selective recomputation keeps: what is slow to compute again for the memory it takes.
 KEPT_OPERATIONS = [
     *(_aten.mm.default, _aten.addmm.default, _aten._scaled_mm.default),
     _aten._scaled_dot_product_cudnn_attention.default,
     _aten._scaled_dot_product_flash_attention.default,
+    _aten._flash_attention_forward.default,
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     *(_c10d.reduce_scatter_tensor.default, _c10d.all_gather_into_tensor.default),
@@ -64,13 +55,6 @@ class LayerNorm(nn.LayerNorm):
 def layer_norm(config: ModelConfig) -> LayerNorm:
     """A LayerNorm over this rank's tokens."""
     return mark_sequence_sharded(LayerNorm(config.hidden_size, eps=config.layernorm_eps))
-
-
-def attention_kernels(x: Tensor, key_mask: Tensor | None) -> AbstractContextManager[Any]:
-    """Prefer the fastest kernel where nothing is masked; torch's own order everywhere else."""
-    if x.is_cuda and key_mask is None:
-        return sdpa_kernel(ATTENTION_KERNELS, set_priority=True)
-    return nullcontext()
 
 
 class Attention(nn.Module):
@@ -94,19 +78,13 @@ class Attention(nn.Module):
         batch_size, seq_len = shape
         num_padding = qkv.size(0) - batch_size * seq_len
         qkv = qkv[: batch_size * seq_len]
-        # [B, S, 3, N/t, D] -> 3 x [B, N/t, S, D]
-        qkv = qkv.view(batch_size, seq_len, 3, self.num_local_heads, -1)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        with attention_kernels(qkv, key_mask):
-            context = F.scaled_dot_product_attention(
-                query,
-                key,
-                value,
-                attn_mask=key_mask,
-                dropout_p=self.dropout if self.training else 0.0,
-                is_causal=self.is_causal,
-            )
-        context = context.transpose(1, 2).flatten(0, 1).flatten(1)  # [B*S, H/t]
+        context = attend(
+            qkv.unflatten(1, (3, self.num_local_heads, -1)),
+            seq_len,
+            key_mask,
+            dropout=self.dropout if self.training else 0.0,
+            is_causal=self.is_causal,
+        ).flatten(1)  # [B*S, H/t]
         return F.pad(context, (0, 0, 0, num_padding)) if num_padding else context
 
 
@@ -214,7 +192,8 @@ class Transformer(nn.Module):
         Args:
             input_ids: [B, S], the same on every rank of the group, as are the others.
             token_type_ids: [B, S], BERT only; zeros by default.
-            attention_mask: [B, S] bool, True where a token is; None when nothing is padding.
+            attention_mask: [B, S] bool: a row's tokens (True), then its padding (False); None when
+                nothing is padding.
 
         Returns:
             [T/t, H] with T = B x S, padded at the end to a multiple of the group's size.
