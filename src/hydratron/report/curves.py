@@ -1,7 +1,7 @@
 """Loss curves by step, and final loss against model size."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ from hydratron.report.canvas import (
     FAINT,
     INK,
     RC,
+    STYLES,
     add_legend,
     add_title,
     count_seeds,
@@ -28,14 +29,20 @@ from hydratron.report.canvas import (
     style_of,
 )
 from hydratron.report.groups import Group, Section, name_value, order_values
-from hydratron.report.published import count_parameters
+from hydratron.report.published import BERT_LOSSES, count_parameters
+from hydratron.report.scaling import PowerLaw
 from hydratron.report.tables import name_metric
 
 SIZE_KEYS = ("size", "model.num_layers", "model.hidden_size", "model")
 MAX_PANELS_IN_ROW = 4
 MAX_ROWS = 6
+# A line of so many sizes gets its power law, where published losses are beside it.
+LEAST_FITTED = 3
+FIT_DASHES = (0, (1.5, 1))
+SEED_STYLE = (STYLES[4][0], FIT_DASHES, "*")
 # Stands for infinity where matplotlib needs a number: far outside any loss axis.
 FAR = 1e9
+Style = tuple[str, Any, str]
 
 
 @dataclass(frozen=True)
@@ -74,9 +81,9 @@ class Layout:
         return ", ".join(name_value(key, group.values[key]) for key in self.lines)
 
     @cached_property
-    def styles(self) -> dict[str, tuple[str, Any, str]]:
+    def styles(self) -> dict[str, Style]:
         """Colour, dashes and marker of each line label."""
-        styles: dict[str, tuple[str, Any, str]] = {}
+        styles: dict[str, Style] = {}
         for group in self.section.groups:
             key = self.lines[0] if len(self.lines) == 1 else None
             value = group.values[key] if key else None
@@ -107,9 +114,12 @@ def draw_grid(
     *,
     height: float,
     entropies: Sequence[float],
+    entries: dict[str, Style] | None = None,
 ) -> tuple[Figure, list[Axes]]:
-    """Panels with their titles and a legend; `draw` fills each from its groups."""
-    named = (layout.styles if layout.lines else {}) | entropy_entries(entropies)
+    """Panels with their titles and a legend, of lines and other `entries`; `draw` fills each from
+    its groups.
+    """
+    named = (layout.styles if layout.lines else {}) | entropy_entries(entropies) | (entries or {})
     figure, grid = make_panels(*layout.shape, height=height, labels=list(named))
     count = len(layout.panels)
     for index, axes in enumerate(grid.flat):
@@ -168,7 +178,7 @@ def _loss_limits(curves: Sequence[pd.DataFrame], entropies: Sequence[float]) -> 
     return low - 0.05 * (top - low), top + 0.04 * (top - low)
 
 
-def _draw_curve(axes: Axes, curve: pd.DataFrame, style: tuple[str, Any, str]) -> None:
+def _draw_curve(axes: Axes, curve: pd.DataFrame, style: Style) -> None:
     color, dashes, marker = style
     finite = curve.replace([math.inf, -math.inf], np.nan)
     above = 3 if dashes == "-" else 3.1  # what lies beneath shows through the gaps
@@ -188,10 +198,13 @@ def _seeds_said(section: Section, how: str) -> str:
     return f"median of {seeds} ({how})" if seeds.endswith("seeds") else seeds
 
 
-def loss_curves(section: Section, path: Path) -> Path | None:
-    """Loss by step: a line per group, panels by learning rate and one more swept key."""
-    metric = _curve_metric(section)
-    if metric is None:
+def loss_curves(section: Section, path: Path, metric: str | None = None) -> Path | None:
+    """Loss by step: a line per group, panels by learning rate and one more swept key.
+
+    `metric`: val/loss or train/loss, by default what there is enough of.
+    """
+    metric = metric or _curve_metric(section)
+    if metric is None or not any(len(run.series(metric)) > 1 for run in section.runs):
         return None
     layout = assign_keys(section)
     curves = {id(group): curve_range(group, metric) for group in section.groups}
@@ -228,7 +241,7 @@ def _size_of(group: Group) -> float | None:
     return sizes.pop() if len(sizes) == 1 else None
 
 
-def _draw_sizes(axes: Axes, line: list[Group], style: tuple[str, Any, str]) -> list[float]:
+def _draw_sizes(axes: Axes, line: list[Group], style: Style) -> list[float]:
     """One setting's losses by size with range bars; returns the finite medians."""
     color, dashes, marker = style
     points = [(size, s) for g in line if (size := _size_of(g)) and (s := g.spread("val/loss"))]
@@ -247,27 +260,70 @@ def _draw_sizes(axes: Axes, line: list[Group], style: tuple[str, Any, str]) -> l
     return y
 
 
-def loss_by_size(section: Section, path: Path) -> Path | None:
-    """Final held-out loss against the number of parameters; None where sizes do not differ."""
+def _fits(section: Section, layout: Layout) -> dict[str, PowerLaw]:
+    """The power law of each line that falls over enough sizes."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    for group in section.groups:
+        if (size := _size_of(group)) and (spread := group.spread("val/loss")):
+            points.setdefault(layout.label(group), []).append((size, spread.median))
+    fits = {
+        label: PowerLaw.fit(*zip(*line, strict=True))
+        for label, line in points.items()
+        if len(line) >= LEAST_FITTED and all(math.isfinite(loss) for _, loss in line)
+    }
+    return {label: fit for label, fit in fits.items() if fit.exponent > 0}
+
+
+def _draw_published(axes: Axes, fits: Iterable[PowerLaw]) -> None:
+    """The seed's losses, and each fit over the sizes that it is of."""
+    color, dashes, marker = SEED_STYLE
+    axes.plot(*zip(*BERT_LOSSES, strict=True), marker=marker, ms=9, ls="", color=color, zorder=3)
+    for fit in (*fits, PowerLaw.fit(*zip(*BERT_LOSSES, strict=True))):
+        sizes = np.geomspace(fit.smallest, fit.largest)
+        axes.plot(sizes, fit(sizes), color=color, linestyle=dashes, linewidth=1.2, zorder=3.5)
+
+
+def _fit_entries(fits: Mapping[str, PowerLaw]) -> dict[str, Style]:
+    """Legend entries that say each exponent."""
+    seed = PowerLaw.fit(*zip(*BERT_LOSSES, strict=True))
+    entries: dict[str, Style] = {
+        f"seed, its own corpus: parameters^-{seed.exponent:.3f}": SEED_STYLE
+    }
+    for label, fit in fits.items():
+        named = f"fit, {label}" if label else "our fit"
+        entries[f"{named}: parameters^-{fit.exponent:.3f}"] = (SEED_STYLE[0], FIT_DASHES, "")
+    return entries
+
+
+def loss_by_size(section: Section, path: Path, *, against_seed: bool = False) -> Path | None:
+    """Final held-out loss against the number of parameters; None where sizes do not differ.
+
+    `against_seed` adds power laws and the seed's three losses.
+    """
     layout = assign_keys(section, without=SIZE_KEYS)
     sizes = {size for g in section.groups if g.spread("val/loss") and (size := _size_of(g))}
     if len(sizes) < 2:
         return None
-    medians: list[float] = []
+    fits = _fits(section, layout) if against_seed else {}
+    ticks = sorted(sizes | {size for size, _ in BERT_LOSSES}) if against_seed else sorted(sizes)
+    medians: list[float] = [loss for _, loss in BERT_LOSSES] if against_seed else []
 
     def draw(axes: Axes, groups: list[Group]) -> None:
         for label in dict.fromkeys(map(layout.label, groups)):
             line = [group for group in groups if layout.label(group) == label]
             medians.extend(_draw_sizes(axes, line, layout.styles[label]))
-        _size_ticks(axes, sorted(sizes))
+        _size_ticks(axes, ticks)
+        if against_seed:
+            _draw_published(axes, fits.values())
 
     with mpl.rc_context(RC):
-        figure, panels = draw_grid(layout, draw, height=3.1, entropies=section.unigram_entropies)
-        inside = [*medians, *section.unigram_entropies]
+        entropies, entries = section.unigram_entropies, _fit_entries(fits) if against_seed else {}
+        figure, panels = draw_grid(layout, draw, height=3.1, entropies=entropies, entries=entries)
+        inside = [*medians, *entropies]
         span = (max(inside) - min(inside)) or 1.0
         panels[0].set_ylim(min(inside) - 0.1 * span, max(inside) + 0.1 * span)
         for index, axes in enumerate(panels):
-            draw_entropies(axes, section.unigram_entropies)
+            draw_entropies(axes, entropies)
             if index % layout.shape[1] == 0:
                 axes.set_ylabel(name_metric("val/loss"))
         figure.supxlabel("parameters (log scale)", fontsize=9)

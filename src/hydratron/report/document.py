@@ -64,7 +64,7 @@ def write_report(collection: Collection, output: Path, *, against_seed: bool = F
         if against_seed and (table := seed_table(section)):
             tables.append(table)
         prefix = f"{section.command}_" if len(sections) > 1 else ""
-        drawn = draw_figures(section, output, prefix)
+        drawn = draw_figures(section, output, prefix, against_seed=against_seed)
         figures += drawn
         parts.append((section, tables, drawn))
     problems = problem_lines(collection, sections)

@@ -5,11 +5,14 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 
+from hydratron.report import curves
+from hydratron.report.canvas import save_figure
 from hydratron.report.curves import assign_keys, curve_range
 from hydratron.report.figures import draw_figures
 from hydratron.report.groups import split_sections
 from hydratron.report.layers import layer_profiles
 from hydratron.report.runs import load_runs
+from hydratron.report.scaling import PowerLaw
 
 
 def section_of(writer):
@@ -55,6 +58,32 @@ def test_depth_and_learning_rate_get_a_divergence_map_and_loss_by_size(writer, t
         ["layernorm"],
     )
     assert layout.shape == (2, 2)
+
+
+def test_against_the_seed_losses_by_size_get_their_power_law(writer, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(curves, "save_figure", lambda *a: (drawn.append(a[0]), save_figure(*a))[1])
+    for width, placement in product((128, 256, 512), ("pre", "post")):
+        size = 40.0 * width**2
+        loss = 20 * size**-0.1 if placement == "pre" else 6.6  # post learns nothing at any size
+        overrides = {"model.hidden_size": width, "layernorm": placement}
+        result = {"val/loss": loss, "num_parameters": size, "layernorm": placement}
+        metrics = f"step,train/loss,val/loss\n1,9,\n2,8,\n3,{loss},{loss}\n"
+        writer.run(f"{width}{placement}", overrides, result=result, metrics=metrics)
+    figures = draw_figures(section_of(writer), tmp_path, against_seed=True)
+    assert [p.stem for p in figures] == ["loss_curves", "training_curves", "loss_by_size"]
+    for path in figures:
+        assert_drawn(path)
+    entries = [text.get_text() for text in drawn[1].legends[0].get_texts()]
+    assert "fit, LayerNorm pre: parameters^-0.100" in entries
+    assert not any("post:" in entry for entry in entries)
+    assert any(entry.startswith("seed") for entry in entries)
+
+
+def test_a_power_law_is_found_again():
+    fit = PowerLaw.fit((1e6, 1e7, 1e9), [7 * n**-0.07 for n in (1e6, 1e7, 1e9)])
+    assert (fit.factor, fit.exponent) == pytest.approx((7, 0.07))
+    assert fit([1e8])[0] == pytest.approx(7 * 1e8**-0.07)
 
 
 def test_logged_layer_norms_are_drawn_from_first_to_last_step(writer, tmp_path):
