@@ -2,80 +2,123 @@
 
 python experiments/collect.py DIR experiments/NN_SLUG --hardware "1 x NVIDIA H200" --commit 1a2b3c4
 
-writes results.csv, a row for each run with its held-out losses along the way, and
-gradient_norms.csv, if runs were made with trainer.log_layer_norms.
+writes results.csv, a row for each run with its held-out losses along the way or its scores. Instead
+--layer-steps 1 10: gradient_norms.csv, of runs with trainer.log_layer_norms; --curves: curves.csv,
+the losses by step. --name FILE is another file name; --add keeps the rows that the file has of
+other runs; --replace /tmp/corpus corpora/novels changes what stands in the commands.
 """
 
 import argparse
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from hydratron.report.groups import UNIGRAM_ENTROPY
+from hydratron.report.groups import SCORE, UNIGRAM_ENTROPY
 from hydratron.report.layers import LAYER_NORM
 from hydratron.report.runs import Run, load_runs
 
 SWEPT = ("seed", "model.num_layers", "layernorm", "init", "optimizer.lr")
+ALSO_SWEPT = ("task", "size", "model.hidden_size")  # columns where runs differ in them
 KEPT = ("status", "num_parameters", "steps", "tokens", "train/loss", "val/loss", UNIGRAM_ENTROPY)
+CURVES = ("train/loss", "val/loss")
 
 
-def command_line(run: Run) -> str:
-    """What repeats this run alone."""
+def swept_keys(runs: Sequence[Run]) -> list[str]:
+    """The columns that tell runs apart."""
+    also = [key for key in ALSO_SWEPT if len({run.value(key) for run in runs}) > 1]
+    return [SWEPT[0], *also, *SWEPT[1:]]
+
+
+def command_line(run: Run, replaced: Sequence[Sequence[str]]) -> str:
+    """What repeats this run alone, with each old of `replaced` as its new."""
     given = {k: v for k, v in run.overrides.items() if k != "resume"}
-    return " ".join(["hydratron", run.command, *(f"{k}={v}" for k, v in given.items())])
+    line = " ".join(["hydratron", run.command, *(f"{k}={v}" for k, v in given.items())])
+    for old, new in replaced:
+        line = line.replace(old, new)
+    return line
 
 
 def result_row(run: Run) -> dict[str, Any]:
-    """Settings, final metrics, seconds of training steps, and `val/loss@STEP`.
+    """Final metrics, seconds of training steps, and `val/loss@STEP`.
 
     The last logged values stand in for those that a failed run could not write.
     """
-    row: dict[str, Any] = {key: run.value(key) for key in SWEPT}
-    row |= {key: run.final(key) if "/" in key else run.result.get(key) for key in KEPT}
+    row: dict[str, Any] = {}
+    for key in (*KEPT, *filter(SCORE.search, run.result)):
+        row[key] = run.final(key) if "/" in key else run.result.get(key)
     pace = run.series("perf/step_ms")
-    num_steps = pd.Series(pace.index, pace.index).diff().fillna(pace.index[0])
-    row["training_s"] = round(float((pace * num_steps).sum() / 1e3), 1)
-    row |= {f"val/loss@{step}": value for step, value in run.series("val/loss").items()}
+    if len(pace):
+        num_steps = pd.Series(pace.index, pace.index).diff().fillna(pace.index[0])
+        row["training_s"] = round(float((pace * num_steps).sum() / 1e3), 1)
+    if run.command == "pretrain":
+        row |= {f"val/loss@{step}": value for step, value in run.series("val/loss").items()}
     return row
 
 
-def layer_rows(run: Run, steps: list[int]) -> list[dict[str, Any]]:
+def layer_rows(run: Run, steps: Sequence[int]) -> list[dict[str, Any]]:
     """The gradient norm of every layer at `steps`."""
     frame = run.metrics.filter(regex=LAYER_NORM)
-    settings = {key: run.value(key) for key in SWEPT}
     return [
-        {**settings, "step": step, "layer": int(re.findall(r"\d+", name)[0]), "norm": norm}
+        {"step": step, "layer": int(re.findall(r"\d+", name)[0]), "norm": norm}
         for step in steps
         for name, norm in (frame.loc[step].items() if len(frame.columns) else ())
     ]
 
 
-def main() -> None:
-    """Read the runs, write the files."""
+def curve_rows(run: Run) -> list[dict[str, Any]]:
+    """The losses of every step at which one was logged."""
+    frame = pd.DataFrame({key: run.series(key) for key in CURVES})
+    return [{"step": step, **row.dropna()} for step, row in frame.iterrows()]
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("directory", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--hardware", required=True)
     parser.add_argument("--commit", required=True)
     parser.add_argument("--layer-steps", type=int, nargs="*", default=[])
-    options = parser.parse_args()
+    parser.add_argument("--curves", action="store_true")
+    parser.add_argument("--name")
+    parser.add_argument("--add", action="store_true")
+    replaced = {"nargs": 2, "action": "append", "default": [], "metavar": ("OLD", "NEW")}
+    parser.add_argument("--replace", **replaced)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Read the runs, write the file."""
+    options = parse_arguments()
     runs = load_runs([options.directory]).runs
+    swept = swept_keys(runs)
+    name, by_run = "results.csv", [[result_row(run)] for run in runs]
     if options.layer_steps:
-        frame = pd.DataFrame([row for run in runs for row in layer_rows(run, options.layer_steps)])
         name = "gradient_norms.csv"
-    else:
-        frame = pd.DataFrame([result_row(run) for run in runs])
-        name = "results.csv"
+        by_run = [layer_rows(run, options.layer_steps) for run in runs]
+    elif options.curves:
+        name, by_run = "curves.csv", [curve_rows(run) for run in runs]
+    facts = {"hardware": options.hardware, "commit": options.commit}
+    rows = []
+    for run, found in zip(runs, by_run, strict=True):
+        if name == "results.csv":
+            facts["command"] = command_line(run, options.replace)
+        settings = {key: run.value(key) for key in swept}
+        rows += [settings | row | facts for row in found]
+    frame = pd.DataFrame(rows)
     # a run that was stopped and went on also validated where it stopped
-    along = [name for name in frame if name.startswith("val/loss@") and frame[name].isna().any()]
-    keys = [key for key in (*SWEPT, "step", "layer") if key in frame]
-    frame = frame.drop(columns=along).sort_values(keys, kind="stable")
-    frame["hardware"], frame["commit"] = options.hardware, options.commit
-    if not options.layer_steps:
-        frame["command"] = frame.index.map(lambda index: command_line(runs[index]))
-    frame.to_csv(options.output / name, index=False, float_format="%.6g")
+    along = [c for c in frame if str(c).startswith("val/loss@") and frame[c].isna().any()]
+    frame = frame.drop(columns=along).dropna(axis="columns", how="all")
+    keys = [key for key in (*swept, "step", "layer") if key in frame]
+    path = options.output / (options.name or name)
+    if options.add:
+        frame = pd.concat([pd.read_csv(path), frame]).drop_duplicates(keys, keep="last")
+    ends = [column for column in facts if column in frame]
+    frame = frame[[*(c for c in frame if c not in ends), *ends]].sort_values(keys, kind="stable")
+    frame.to_csv(path, index=False, float_format="%.6g")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The console script as a user calls it."""
 
 import contextlib
+import gzip
 import json
 import os
 import signal
@@ -15,7 +16,9 @@ import pandas as pd
 import pytest
 
 from hydratron import cli
+from hydratron.data.text import read_text_folder
 
+SHIPPED = Path(__file__).parents[2] / "src/hydratron/data/shipped"
 SCRIPT = Path(sys.executable).with_name("hydratron")
 ENDLESS = ["trainer.max_steps=100000", "hydra.run.dir=run"]
 # a second or two of training on the shipped text
@@ -26,6 +29,22 @@ TINY = [
     "data.validation_samples=32",
     "trainer.max_steps=4",
 ]
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    """A root with a folder of novels in several files and one of passages, some of them twice."""
+    root = tmp_path / "root"
+    (root / "novels").mkdir(parents=True)
+    (root / "race").mkdir()
+    whole = "\n\n".join(text for _, text in read_text_folder(SHIPPED))
+    for i in range(6):
+        (root / f"novels/{i}.txt").write_text(whole[i * 60_000 : (i + 1) * 60_000])
+    passages = [whole[k : k + 1500] for k in range(400_000, 460_000, 1500)]
+    rows = [{"article": passage} for passage in [*passages, *passages[:5], "too short"]]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (root / "race/train.high.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    return root
 
 
 @pytest.fixture

@@ -14,28 +14,10 @@ from pathlib import Path
 import pytest
 
 from hydratron.data.indexed import IndexedCorpus
-from hydratron.data.text import read_text_folder
 from tests.end_to_end.conftest import SCRIPT, result
 from tests.slurm import running_slurm
 
-SHIPPED = Path(__file__).parents[2] / "src/hydratron/data/shipped"
 QUICK = ["steps.shard_megabytes=1", "executor.workers=1", "model.vocab_size=1000"]
-
-
-@pytest.fixture
-def texts(tmp_path: Path) -> Path:
-    """A root with a folder of novels in several files and one of passages, some of them twice."""
-    root = tmp_path / "root"
-    (root / "novels").mkdir(parents=True)
-    (root / "race").mkdir()
-    whole = "\n\n".join(text for _, text in read_text_folder(SHIPPED))
-    for i in range(6):
-        (root / f"novels/{i}.txt").write_text(whole[i * 60_000 : (i + 1) * 60_000])
-    passages = [whole[k : k + 1500] for k in range(400_000, 460_000, 1500)]
-    rows = [{"article": passage} for passage in [*passages, *passages[:5], "too short"]]
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (root / "race/train.high.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
-    return root
 
 
 def arguments(root: Path, output: str, *more: str) -> list[str]:

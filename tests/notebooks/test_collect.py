@@ -47,3 +47,28 @@ def test_layer_norms_have_a_row_a_layer_and_step(tmp_path: Path) -> None:
     assert frame[["step", "layer", "norm"]].to_numpy().tolist() == [
         [10, 0, 1], [10, 1, 2], [20, 0, 3], [20, 1, 4]
     ]  # fmt: skip
+
+
+def test_curves_have_a_row_a_logged_step(tmp_path: Path) -> None:
+    write_run(tmp_path / "runs/0", 1, size="336m")
+    write_run(tmp_path / "runs/1", 1, size="752m")
+    collect(tmp_path, "--curves")
+    frame = pd.read_csv(tmp_path / "curves.csv")
+    assert list(frame["size"]) == ["336m"] * 3 + ["752m"] * 3
+    assert list(frame["step"]) == [10, 11, 20] * 2
+    assert list(frame["train/loss"].dropna()) == [3, 2] * 2
+    assert list(frame["val/loss"]) == [3.5, 3.4, 2.5] * 2
+
+
+def test_runs_are_added_to_those_kept_and_replace_their_like(tmp_path: Path) -> None:
+    write_run(tmp_path / "runs/0", 1, **{"val/accuracy": 0.5})
+    collect(tmp_path, "--name", "kept.csv")
+    (tmp_path / "runs").rename(tmp_path / "before")
+    write_run(tmp_path / "runs/0", 1, **{"val/accuracy": 0.75})
+    write_run(tmp_path / "runs/1", 2, **{"val/accuracy": 0.25})
+    collect(tmp_path, "--name", "kept.csv", "--add", "--replace", "lr=0.001", "lr=1e-3")
+    frame = pd.read_csv(tmp_path / "kept.csv")
+    assert list(frame["seed"]) == [1, 2]
+    assert list(frame["val/accuracy"]) == [0.75, 0.25]
+    assert frame["command"][1] == "hydratron pretrain seed=2 optimizer.lr=1e-3"
+    assert not (tmp_path / "results.csv").exists()
