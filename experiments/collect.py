@@ -71,7 +71,8 @@ def layer_rows(run: Run, steps: Sequence[int]) -> list[dict[str, Any]]:
 def curve_rows(run: Run) -> list[dict[str, Any]]:
     """The losses of every step at which one was logged."""
     frame = pd.DataFrame({key: run.series(key) for key in CURVES})
-    return [{"step": step, **row.dropna()} for step, row in frame.iterrows()]
+    size = run.value("size")
+    return [{"size": size, "step": step, **row.dropna()} for step, row in frame.iterrows()]
 
 
 def parse_arguments() -> argparse.Namespace:
