@@ -7,6 +7,7 @@ Letters: B batch, S sequence, T tokens (padded to a multiple of t), H hidden, N 
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,18 @@ KEPT_OPERATIONS = [
     *(_c10d.reduce_scatter_tensor.default, _c10d.all_gather_into_tensor.default),
     _c10d.wait_tensor.default,
 ]
+
+
+def kept_operations(config: ModelConfig) -> list[Any]:
+    """Return what selective recomputation keeps of a layer.
+
+    An operation that draws random numbers and is kept does not draw them again, so that what draws
+    after it would get others: not compiled, attention with dropout is computed again. A compiled
+    graph keeps its random numbers itself.
+    """
+    if torch.compiler.is_compiling() or not config.attention_dropout:
+        return KEPT_OPERATIONS
+    return [op for op in KEPT_OPERATIONS if torch.Tag.nondeterministic_seeded not in op.tags]
 
 
 class LayerNorm(nn.LayerNorm):
@@ -233,7 +246,8 @@ class Transformer(nn.Module):
             return layer(x, shape, key_mask)
         context = {}
         if self.config.recompute == "selective":
-            context["context_fn"] = partial(create_selective_checkpoint_contexts, KEPT_OPERATIONS)
+            kept = kept_operations(self.config)
+            context["context_fn"] = partial(create_selective_checkpoint_contexts, kept)
         return checkpoint(layer, x, shape, key_mask, use_reentrant=False, **context)
 
 

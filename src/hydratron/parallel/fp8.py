@@ -1,7 +1,9 @@
 """Matrix products in 8-bit floats with one dynamic scale a tensor (Micikevicius et al. 2022).
 
 Forward operands are e4m3; the incoming gradient is e5m2, whose range is larger. Sums are float32,
-results have the input's dtype. Letters: T tokens, I input features, O output features.
+results have the input's dtype. A weight's gradient is multiplied in the input's dtype: in 8 bits it
+needs both operands transposed, which took longer than it won (22 % of a GPT-2 step on an H200).
+Letters: T tokens, I input features, O output features.
 """
 
 from typing import Any
@@ -37,21 +39,18 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         x8, x_factor = quantise(x, E4M3)
         w8, w_factor = quantise(weight, E4M3)
-        ctx.save_for_backward(x8, x_factor, w8, w_factor)
+        ctx.save_for_backward(x, w8, w_factor)
         ctx.weight_dtype = weight.dtype
         return multiply(x8, w8, (x_factor, w_factor), dtype=x.dtype, fast=True)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        x8, x_factor, w8, w_factor = ctx.saved_tensors
-        dtype = gradients[0].dtype
-        g8, g_factor = quantise(gradients[0], E5M2)
-        # both products sum over the rows of a stored tensor: its transpose is written out
-        x_gradient = multiply(g8, w8.t().contiguous(), (g_factor, w_factor), dtype=dtype)
-        w_gradient = multiply(
-            g8.t().contiguous(), x8.t().contiguous(), (g_factor, x_factor), dtype=dtype
-        )
-        return x_gradient, w_gradient.to(ctx.weight_dtype)
+        x, w8, w_factor = ctx.saved_tensors
+        gradient = gradients[0]
+        g8, g_factor = quantise(gradient, E5M2)
+        # the kernels sum over rows of what is stored, so the transpose is written out
+        x_gradient = multiply(g8, w8.t().contiguous(), (g_factor, w_factor), dtype=gradient.dtype)
+        return x_gradient, (gradient.t() @ x).to(ctx.weight_dtype)
 
 
 def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

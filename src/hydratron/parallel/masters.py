@@ -35,16 +35,16 @@ def adamw_factors(
         skip: 0-d, 1 where nothing shall change; 0 by default.
     """
     beta1, beta2 = group["betas"]
-    rate = torch.full_like(step, group["lr"])
-    ones = torch.ones_like(step)
+    count = step.double()  # 1 - 0.999**1 has three digits left of float32's seven
+    ones = torch.ones_like(count)
     factors = [
-        ones if gradient_factor is None else gradient_factor.to(step.dtype),
-        ones - rate * group["weight_decay"],
-        rate / (1 - beta1**step),
-        (1 - beta2**step).rsqrt(),
-        torch.zeros_like(step) if skip is None else skip.to(step.dtype),
+        ones if gradient_factor is None else gradient_factor.double(),
+        ones * (1 - group["lr"] * group["weight_decay"]),
+        group["lr"] / (1 - beta1**count),
+        (1 - beta2**count).rsqrt(),
+        torch.zeros_like(count) if skip is None else skip.double(),
     ]
-    return torch.stack(factors)
+    return torch.stack(factors).float()
 
 
 def _update(part: MasterWeight, factors: Tensor, beta1: float, beta2: float, eps: float) -> None:

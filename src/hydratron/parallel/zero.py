@@ -120,7 +120,9 @@ class ShardedAdamW(AdamW):
         for group in self.param_groups:
             states = [self._started(part) for part in group["params"]]
             steps = [state["step"] for state in states]
-            torch._foreach_add_(steps, 1.0 if skip is None else 1.0 - skip)
+            # as many tensors as steps: with one alone the host would wait for its value
+            taken = torch.ones_like(steps[0]) if skip is None else 1.0 - skip
+            torch._foreach_add_(steps, [taken] * len(steps))
             parts = []
             for part, state in zip(group["params"], states, strict=True):
                 parameter, dim = shard_of[part].parameter, shard_of[part].dp_dim
