@@ -20,12 +20,17 @@ from torch.multiprocessing import (
 )
 
 # Ranks are forked from a server process that has imported these once, so that they start in
-# milliseconds instead of the seconds that importing takes in every one of them.
+# milliseconds instead of the seconds that importing takes in every one of them: the libraries, and
+# what of ours imports the rest of them (transformers' tokenizers, datasets).
 PRELOADED = [
     "torch.distributed.checkpoint.state_dict",
     "torch.distributed.tensor",
     "torch.nn.parallel",
     "pytorch_lightning",
+    "hydratron.training.evaluation",
+    "hydratron.training.finetuning",
+    "hydratron.training.pretraining",
+    "hydratron.training.zeroshot",
 ]
 
 
@@ -80,6 +85,8 @@ def _run_rank(
     os.environ.clear()
     os.environ.update(environment)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    # as in a real rank: a data loader's worker is a fork, not a new process that imports all again
+    multiprocessing.set_start_method("fork", force=True)
     torch.set_num_threads(1)
     torch.manual_seed(1234)
     try:

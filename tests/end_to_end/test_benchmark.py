@@ -45,8 +45,8 @@ def test_a_peer_of_the_same_shape_stands_beside(
     assert not (tmp_path / "run/checkpoints").exists()
 
 
-def test_two_ranks_are_timed_as_one(hydratron: Run, tmp_path: Path) -> None:
-    done = hydratron("benchmark", *SMALL, "parallel=tp2")
+def test_two_ranks_are_timed_as_one(in_process: Run, tmp_path: Path) -> None:
+    done = in_process("benchmark", *SMALL, "parallel=tp2")
     assert done.returncode == 0, done.stderr
     found = result(tmp_path / "run")
     assert found["tensor_parallel_size"] == 2

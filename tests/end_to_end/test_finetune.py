@@ -61,7 +61,9 @@ def finetune(hydratron: Run, run: str, *arguments: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_finetuned_run_evaluates_to_its_own_scores(hydratron: Run, inputs: Path) -> None:
+def test_a_finetuned_run_evaluates_to_its_own_scores(
+    hydratron: Run, in_process: Run, inputs: Path
+) -> None:
     """Finetuned at TP 2, evaluated at TP 1 and by itself in an ensemble of one."""
     finetune(hydratron, "run", *SQUAD2, "checkpoint=bert", "parallel=tp2", "task.epochs=1")
     found = result(inputs / "run")
@@ -70,9 +72,9 @@ def test_a_finetuned_run_evaluates_to_its_own_scores(hydratron: Run, inputs: Pat
     assert found["selection_metric"] == "val/f1"
     answers = json.loads((inputs / "run/predictions/validation.json").read_text())
     assert len(answers) == 14
-    done = hydratron("evaluate", "checkpoint=run", "hydra.run.dir=again")
+    done = in_process("evaluate", "checkpoint=run", "hydra.run.dir=again")
     assert done.returncode == 0, done.stderr
-    done = hydratron("evaluate", "runs=[run]", "hydra.run.dir=mean")
+    done = in_process("evaluate", "runs=[run]", "hydra.run.dir=mean")
     assert done.returncode == 0, done.stderr
     for name in ("again", "mean"):
         scores = {k: v for k, v in result(inputs / name).items() if k.startswith("val/")}

@@ -44,7 +44,7 @@ def kill_at_random(run: Path, process: subprocess.Popen[bytes], generator: rando
     ],
 )
 def test_a_killed_run_ends_bitwise_equal_to_one_never_killed(
-    hydratron, start, tmp_path: Path, grid: str, num_kills: int
+    in_process, start, tmp_path: Path, grid: str, num_kills: int
 ) -> None:
     generator, run = random.Random(num_kills), tmp_path / "run"
     settings = [*SETTINGS, f"parallel={grid}"]
@@ -56,10 +56,10 @@ def test_a_killed_run_ends_bitwise_equal_to_one_never_killed(
     reached = newest_checkpoint(run / "checkpoints")
     assert reached is not None
     length = f"trainer.max_steps={int(reached.name.removeprefix('step-')) + 3}"
-    done = hydratron("pretrain", "resume=run", length)
+    done = in_process("pretrain", "resume=run", length)
     assert done.returncode == 0, done.stderr
     assert result(run)["status"] == "ok"
-    done = hydratron("pretrain", *TINY, *settings, length, "hydra.run.dir=whole")
+    done = in_process("pretrain", *TINY, *settings, length, "hydra.run.dir=whole")
     assert done.returncode == 0, done.stderr
     keys = ["step", "train/loss", "train/sentence_order_loss", "train/grad_norm"]
     assert metrics(run)[keys].equals(metrics(tmp_path / "whole")[keys])

@@ -32,7 +32,9 @@ def digest(folder: Path) -> dict[str, str]:
     }
 
 
-def test_novels_are_prepared_once_and_train(hydratron: Callable, tmp_path, texts: Path) -> None:
+def test_novels_are_prepared_once_and_train(
+    hydratron: Callable, in_process: Callable, tmp_path: Path, texts: Path
+) -> None:
     done = hydratron(*arguments(texts, "corpus", "hydra.run.dir=first"))
     assert done.returncode == 0, done.stderr
     assert "MB/s a core" in done.stdout
@@ -52,17 +54,17 @@ def test_novels_are_prepared_once_and_train(hydratron: Callable, tmp_path, texts
     assert not (tmp_path / "corpus/.work").exists()
 
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "corpus").rglob("*")}
-    again = hydratron(*arguments(texts, "corpus", "executor.workers=2"))
+    again = in_process(*arguments(texts, "corpus", "executor.workers=2"))
     assert again.returncode == 0, again.stderr
     assert "holds this corpus already" in again.stdout
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    other = hydratron(*arguments(texts, "corpus", "steps.min_tokens=64"))
+    other = in_process(*arguments(texts, "corpus", "steps.min_tokens=64"))
     assert other.returncode == 2
     assert "other settings (steps.min_tokens); it is never rewritten" in other.stderr
 
-    trained = hydratron(
+    trained = in_process(
         "pretrain", "data=novels", "data.path=corpus", "model.vocab_size=1000",
-        "trainer.max_steps=2",
+        "trainer.max_steps=2", "trainer.log_every=1",
         "model.max_seq_len=32", "data.validation_samples=8", "data.sources.race.weight=0.5",
         "hydra.run.dir=run",
     )  # fmt: skip
@@ -70,8 +72,8 @@ def test_novels_are_prepared_once_and_train(hydratron: Callable, tmp_path, texts
     assert result(tmp_path / "run")["status"] == "ok"
 
 
-def test_pretraining_names_what_is_not_prepared(hydratron: Callable) -> None:
-    done = hydratron("pretrain", "data=novels")
+def test_pretraining_names_what_is_not_prepared(in_process: Callable) -> None:
+    done = in_process("pretrain", "data=novels")
     assert done.returncode == 2
     assert "no prepared corpus in it (no manifest.json)" in done.stderr
     assert done.stderr.count("\n") == 1

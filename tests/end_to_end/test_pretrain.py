@@ -11,14 +11,14 @@ from tests.end_to_end.conftest import TINY, metrics, result, wait_for_step, wait
 
 
 @pytest.mark.parametrize("grid", ["tp2", pytest.param("tp2_dp2", marks=pytest.mark.slow)])
-def test_every_grid_prints_the_same_losses(hydratron, tmp_path: Path, grid: str) -> None:
-    settings = ["experiment=quickstart", "trainer.max_steps=20", "data.validation_samples=32"]
+def test_every_grid_prints_the_same_losses(in_process, tmp_path: Path, grid: str) -> None:
+    settings = ["experiment=quickstart", "trainer.max_steps=10", "data.validation_samples=32"]
     for parallel in ("single", grid):
         run = [f"parallel={parallel}", f"hydra.run.dir={tmp_path / parallel}"]
-        done = hydratron("pretrain", *settings, *run)
+        done = in_process("pretrain", *settings, *run)
         assert done.returncode == 0, done.stderr
     reference = metrics(tmp_path / "single")["train/loss"]
-    assert len(reference) == 20
+    assert len(reference) == 10
     assert (metrics(tmp_path / grid)["train/loss"] - reference).abs().max() < 1e-5
 
 
@@ -50,16 +50,16 @@ def test_a_run_directory_keeps_its_contract(hydratron, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layernorm", ["pre", "post"])
-def test_gpt2_trains_with_either_placement(hydratron, tmp_path: Path, layernorm: str) -> None:
+def test_gpt2_trains_with_either_placement(in_process, tmp_path: Path, layernorm: str) -> None:
     run = ["hydra.run.dir=run", "model=gpt2", f"layernorm={layernorm}"]
-    done = hydratron("pretrain", *TINY, *run)
+    done = in_process("pretrain", *TINY, *run)
     assert done.returncode == 0, done.stderr
     assert result(tmp_path / "run")["model"] == "gpt2"
 
 
 @pytest.mark.parametrize("grid", ["single", pytest.param("tp2", marks=pytest.mark.slow)])
 def test_sigterm_saves_exits_143_and_resumes_bit_for_bit(
-    hydratron, start, tmp_path: Path, grid: str
+    in_process, start, tmp_path: Path, grid: str
 ) -> None:
     dropout = ["model.hidden_dropout=0.1", "model.attention_dropout=0.1"]
     # a schedule that does not depend on the run's length, which differs between the two runs
@@ -75,10 +75,10 @@ def test_sigterm_saves_exits_143_and_resumes_bit_for_bit(
     assert wait_until_gone(tmp_path / "run") == []
 
     length = f"trainer.max_steps={found['steps'] + 4}"
-    again = hydratron("pretrain", "resume=run", length)
+    again = in_process("pretrain", "resume=run", length)
     assert again.returncode == 0, again.stderr
     assert result(tmp_path / "run")["status"] == "ok"
-    whole = hydratron("pretrain", *TINY, *settings, length, "hydra.run.dir=whole")
+    whole = in_process("pretrain", *TINY, *settings, length, "hydra.run.dir=whole")
     assert whole.returncode == 0, whole.stderr
     keys = ["step", "train/loss", "train/sentence_order_loss", "train/grad_norm"]
     assert metrics(tmp_path / "run")[keys].equals(metrics(tmp_path / "whole")[keys])

@@ -19,7 +19,7 @@ def commands(heading: str, block: int = 0) -> list[list[str]]:
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
-def test_use_a_checkpoint_elsewhere(hydratron, tmp_path: Path) -> None:
+def test_use_a_checkpoint_elsewhere(in_process, tmp_path: Path) -> None:
     written = commands("Use a checkpoint elsewhere")
     assert [words[:2] for words in written] == [
         ["hydratron", "pretrain"],
@@ -28,7 +28,7 @@ def test_use_a_checkpoint_elsewhere(hydratron, tmp_path: Path) -> None:
     ]
     for words in written:
         small = TINY[1:] if words[1] == "pretrain" else []
-        done = hydratron(*words[1:], *small)
+        done = in_process(*words[1:], *small)
         assert done.returncode == 0, done.stderr
     transformers = pytest.importorskip("transformers")
     model = transformers.AutoModelForPreTraining.from_pretrained(tmp_path / "exported")

@@ -69,10 +69,21 @@ def copy_of_step(source: Path, target: Path, step: int) -> None:
     (target / f"checkpoints/step-{step}").symlink_to(source / f"checkpoints/step-{step}")
 
 
-@pytest.mark.parametrize(("tp", "dp"), [(1, 1), (4, 1), (1, 4), (2, 2)])
-@pytest.mark.parametrize("was_sharded", [False, True])
+@pytest.mark.parametrize(
+    ("was_sharded", "tp", "dp"),
+    [
+        (False, 1, 1),
+        (False, 1, 4),
+        (True, 1, 1),
+        (True, 4, 1),
+        (True, 2, 2),
+        pytest.param(False, 4, 1, marks=pytest.mark.slow),
+        pytest.param(False, 2, 2, marks=pytest.mark.slow),
+        pytest.param(True, 1, 4, marks=pytest.mark.slow),
+    ],
+)
 def test_any_layout_goes_on_from_any_other(
-    saved: Any, tmp_path: Path, tp: int, dp: int, was_sharded: bool
+    saved: Any, tmp_path: Path, was_sharded: bool, tp: int, dp: int
 ) -> None:
     dtype, runs = saved
     source, results = runs[was_sharded]
