@@ -55,8 +55,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(sync_command(directory / "*"))
     if options.wandb:
         # Lightning takes seconds to import, which a report needs for nothing else
-        tracking = importlib.import_module("hydratron.commands.tracking")
-        tracking.track_report([r.path for r in collection.runs], options.directories[0], output)
+        tracked = importlib.import_module("hydratron.commands.tracked_report")
+        tracked.track_report([r.path for r in collection.runs], options.directories[0], output)
     for path in written.files:
         print(path)
     if written.figures:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import pandas as pd
 from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 from pytorch_lightning.loggers import Logger, WandbLogger
@@ -147,33 +146,3 @@ def complete(node: Mapping[str, Any], run_dir: Path, *, status: int) -> None:
     ended = json.loads(path.read_text())["exit_status"] if path.exists() else None
     if is_wandb(node) and ended is None:
         finish(build_loggers(node, run_dir), run_dir, {}, status=status)
-
-
-def track_report(run_dirs: Sequence[Path], directory: Path, report: Path) -> None:
-    """Keep a report as an artifact of a W&B run that closes the sweep, in the group of its jobs.
-
-    Args:
-        run_dirs: the jobs; the first one with `logger=wandb` says which project and group.
-        directory: where the W&B run is written.
-        report: the folder that the artifact holds.
-
-    Raises:
-        ValueError: no job was made with `logger=wandb`.
-    """
-    tracked_dirs = [run_dir for run_dir in run_dirs if (run_dir / TRACKED).exists()]
-    if not tracked_dirs:
-        raise ValueError("--wandb: none of the runs was made with logger=wandb")
-    config: Any = OmegaConf.to_container(OmegaConf.load(tracked_dirs[0] / FROZEN_CONFIG))
-    kept = ("_target_", "project", "entity", "offline", "group", "settings")
-    arguments = {key: value for key, value in config["logger"].items() if key in kept}
-    if arguments["offline"] is None:
-        arguments["offline"] = is_offline()
-    arguments |= {"job_type": "report", "name": f"report {directory.name}", "save_dir": directory}
-    logger: WandbLogger = instantiate(arguments, _convert_="all")
-    for figure in sorted(report.glob("*.png")):
-        logger.log_image(figure.stem, [str(figure)])
-    logger.log_table("summary", dataframe=pd.read_csv(report / "table.csv"))
-    logger.experiment.log_artifact(str(report), name="report", type="report")
-    logger.experiment.finish(exit_code=0)
-    if logger._offline:
-        print(sync_command(directory), flush=True)
