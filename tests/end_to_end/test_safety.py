@@ -7,8 +7,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from hydratron.checkpoint.sharded import CheckpointError, check_space
+from hydratron.checkpoint.sharded import CheckpointError, bytes_per_parameter, check_space
 from hydratron.training.callbacks import LossSpikes
 from hydratron.training.module import TrainingModule
 from tests.end_to_end.conftest import TINY, metrics, result
@@ -77,6 +80,9 @@ def test_space_is_needed_for_what_is_kept_and_one_more_but_not_for_what_is_there
         (tmp_path / f"run/step-{step}").mkdir(parents=True)
         (tmp_path / f"run/step-{step}/loops.pt").touch()
     check_space(tmp_path / "run", 2500, num_kept=2)
+    check_space(tmp_path / "run", 30_000 // 14, num_kept=2, dtype=torch.bfloat16)
+    with pytest.raises(CheckpointError):
+        check_space(tmp_path / "run", 30_000 // 14 + 1, num_kept=2, dtype=torch.bfloat16)
     with pytest.raises(CheckpointError):
         check_space(tmp_path / "run", 2501, num_kept=2)
 
@@ -90,6 +96,22 @@ def spikes(losses: list[float], capsys: pytest.CaptureFixture[str]) -> list[str]
         trainer = SimpleNamespace(global_step=step, is_global_zero=True)
         callback.on_train_batch_end(trainer, module, None, None, 0)  # pyright: ignore
     return capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("32-true", torch.float32), ("bf16-true", torch.bfloat16)]
+)
+def test_a_checkpoint_holds_what_the_disk_is_asked_for(
+    in_process, tmp_path: Path, precision: str, dtype: torch.dtype
+) -> None:
+    run = ["trainer.max_steps=1", f"trainer.precision={precision}", "hydra.run.dir=run"]
+    done = in_process("pretrain", *TINY[:-1], *run)
+    assert done.returncode == 0, done.stderr
+    metadata = FileSystemReader(tmp_path / "run/checkpoints/step-1").read_metadata()
+    stored = metadata.state_dict_metadata.values()
+    tensors = [t for t in stored if isinstance(t, TensorStorageMetadata) and t.size]
+    held = sum(t.size.numel() * t.properties.dtype.itemsize for t in tensors)
+    assert held == bytes_per_parameter(dtype) * result(tmp_path / "run")["num_parameters"]
 
 
 def test_a_loss_spike_is_noted_once_and_a_falling_or_noisy_loss_is_not(

@@ -142,16 +142,24 @@ class PendingSave:
             _publish(self.temporary, self.directory)
 
 
-def check_space(directory: Path, num_parameters: int, *, num_kept: int) -> None:
+def bytes_per_parameter(dtype: torch.dtype) -> int:
+    """Return what a checkpoint holds of each parameter of a network in `dtype`: the weight, two
+    float32 moments, and of a weight of 16 bits its float32 master.
+    """
+    return dtype.itemsize + 8 + (4 if dtype.itemsize < 4 else 0)
+
+
+def check_space(
+    directory: Path, num_parameters: int, *, num_kept: int, dtype: torch.dtype = torch.float32
+) -> None:
     """Check that the disk of `directory` can hold `num_kept` checkpoints beside a new one.
 
-    A checkpoint takes 12 bytes a parameter: weights and two moments in float32. Those that are
-    there already are among the ones kept.
+    Those that are there already are among the ones kept.
 
     Raises:
         CheckpointError: it cannot; with both sizes.
     """
-    size = 12 * num_parameters
+    size = bytes_per_parameter(dtype) * num_parameters
     num_there = sum(1 for _ in directory.glob(f"{NAME_PREFIX}*/{LOOPS}"))
     needed = max(1, num_kept + 1 - num_there) * size
     existing = next(path for path in (directory, *directory.parents) if path.exists())

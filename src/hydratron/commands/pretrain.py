@@ -86,7 +86,12 @@ def train(job: PretrainJob, run_dir: Path, loggers: Sequence[Logger]) -> dict[st
     data, module = job.data, job.module
     size, every = num_parameters(module.model_config), job.trainer.checkpoint_every
     try:
-        check_space(run_dir / CHECKPOINTS, size, num_kept=NUM_KEPT if every else 0)
+        check_space(
+            run_dir / CHECKPOINTS,
+            size,
+            num_kept=NUM_KEPT if every else 0,
+            dtype=job.trainer.parameter_dtype,
+        )
     except CheckpointError as error:
         raise InputError(str(error)) from error
     metrics_file = MetricsFile(run_dir)
