@@ -7,6 +7,7 @@ stand a bare loop over the same network (what Lightning costs) and any other net
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,12 @@ from torch.optim import AdamW
 
 from hydratron.parallel.grad_norm import squared_gradient_norms
 from hydratron.parallel.placement import reduce_partial_gradients
+from hydratron.perf.hardware import GIB
 from hydratron.perf.trace import breakdown, read_trace
 from hydratron.training.module import TrainingModule
 from hydratron.training.optimisation import OptimizerConfig, build_optimizer, clip_gradients
 
 TRACE = "trace.json.gz"
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -173,14 +174,12 @@ class StepTimer(Callback):
         def step() -> None:
             for index, micro_batch in enumerate(micro_batches):
                 is_last = index == len(micro_batches) - 1
+                sync = nullcontext() if is_last else module.strategy.block_backward_sync()
                 with module.strategy.precision_plugin.forward_context():
                     sums = module.strategy.replica(micro_batch)
                     loss = torch.stack(list(sums.values())).sum() / len(batch["input_ids"])
-                if is_last:
+                with sync:
                     loss.backward()
-                else:
-                    with module.strategy.block_backward_sync():
-                        loss.backward()
             reduce_partial_gradients(network, mesh.tp_group)
             squares = squared_gradient_norms(network, mesh.tp_group)
             clip_gradients(network, optimizer, squares, max_norm=module.optimizer_config.clip)
