@@ -18,6 +18,7 @@ from pytorch_lightning.callbacks import Checkpoint
 
 from hydratron.checkpoint.sharded import NAME_PREFIX, remove_checkpoint
 from hydratron.perf.flops import train_flops
+from hydratron.perf.hardware import GIB
 from hydratron.training.module import TrainingModule
 from hydratron.training.pretraining import PretrainingModule
 from hydratron.training.strategy import TensorParallelStrategy
@@ -91,21 +92,24 @@ class StepCheckpoint(Checkpoint):
                 remove_checkpoint(old)
 
 
-class Throughput(Callback):
-    """Logs the tokens so far, tokens per second of the whole grid, TFLOP/s per device and peak
-    memory (of a process where there is no GPU).
-
-    Measured between two logged steps, where the host has waited for the device; validation and
-    saving are left out.
+class LoggedInterval(Callback):
+    """Counts and times what lies between two logged steps, where the host has waited for the
+    device; validation and saving are left out.
     """
 
-    def __init__(self, *, seq_len: int, global_batch_size: int, num_predictions: int) -> None:
-        self.seq_len, self.global_batch_size = seq_len, global_batch_size
-        self.num_predictions = num_predictions
+    def __init__(self) -> None:
         self._restart()
 
-    def _restart(self, *_: Any) -> None:
-        self.started, self.num_steps = time.perf_counter(), 0
+    def _restart(self) -> None:
+        self.started, self.count = time.perf_counter(), 0
+
+    def counted(self, module: TrainingModule, batch: Any) -> int:
+        """Return what one step adds to the count."""
+        raise NotImplementedError
+
+    def log_interval(self, trainer: Trainer, module: TrainingModule, seconds: float) -> None:
+        """Record the interval that ends with this step; `self.count` is its count."""
+        raise NotImplementedError
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restart()
@@ -121,13 +125,31 @@ class Throughput(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        assert isinstance(pl_module, PretrainingModule)
-        self.num_steps += 1
-        if trainer.global_step % pl_module.log_every:
-            return
-        seconds = (time.perf_counter() - self.started) / self.num_steps
+        assert isinstance(pl_module, TrainingModule)
+        self.count += self.counted(pl_module, batch)
+        if trainer.global_step % pl_module.log_every == 0:
+            self.log_interval(trainer, pl_module, time.perf_counter() - self.started)
+            self._restart()
+
+
+class Throughput(LoggedInterval):
+    """Logs the tokens so far, tokens per second of the whole grid, TFLOP/s per device and peak
+    memory (of a process where there is no GPU).
+    """
+
+    def __init__(self, *, seq_len: int, global_batch_size: int, num_predictions: int) -> None:
+        super().__init__()
+        self.seq_len, self.global_batch_size = seq_len, global_batch_size
+        self.num_predictions = num_predictions
+
+    def counted(self, module: TrainingModule, batch: Any) -> int:
+        return 1
+
+    def log_interval(self, trainer: Trainer, module: TrainingModule, seconds: float) -> None:
+        assert isinstance(module, PretrainingModule)
+        seconds /= self.count
         flops = self.global_batch_size * train_flops(
-            pl_module.model_config, seq_len=self.seq_len, num_predictions=self.num_predictions
+            module.model_config, seq_len=self.seq_len, num_predictions=self.num_predictions
         )
         metrics = {
             "train/tokens": float(trainer.global_step * self.global_batch_size * self.seq_len),
@@ -135,13 +157,12 @@ class Throughput(Callback):
             "perf/tokens_per_second": self.global_batch_size * self.seq_len / seconds,
             "perf/tflops_per_gpu": flops / seconds / trainer.world_size / 1e12,
         }
-        if pl_module.device.type == "cuda":
-            metrics["perf/peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        if module.device.type == "cuda":
+            metrics["perf/peak_memory_gib"] = torch.cuda.max_memory_allocated() / GIB
         else:
             kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             metrics["perf/peak_memory_gib"] = kib / 2**20
-        pl_module.record(metrics)
-        self._restart()
+        module.record(metrics)
 
 
 # Why training ended early, the weakest reason first: SIGUSR2 asks SLURM's users to make room and be

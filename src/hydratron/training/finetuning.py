@@ -3,7 +3,6 @@ counts once.
 """
 
 import dataclasses
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from hydratron.models.config import ModelConfig
 from hydratron.models.heads import seed_dropout
 from hydratron.models.initialisation import initialize_parameters
 from hydratron.parallel.mesh import ParallelMesh
-from hydratron.training.callbacks import stopped_by
+from hydratron.training.callbacks import LoggedInterval, stopped_by
 from hydratron.training.config import ParallelConfig, TrainerConfig
 from hydratron.training.metrics import MetricsFile
 from hydratron.training.module import TrainingModule
@@ -262,50 +261,30 @@ class StopWhenWorse(Callback):
         self.objective.best_step = state_dict["step"]
 
 
-class ExampleRate(Callback):
-    """Logs training examples per second of the whole grid between two logged steps, without
-    validation and saving. The first interval, in which kernels are compiled, is left out of
-    `mean`.
+class ExampleRate(LoggedInterval):
+    """Logs training examples per second of the whole grid. The first interval, in which kernels are
+    compiled, is left out of `mean`.
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.total_rows = self.intervals = 0
         self.total_seconds = 0.0
-        self._restart()
 
     @property
     def mean(self) -> float | None:
         """Examples per second over the run so far."""
         return self.total_rows / self.total_seconds if self.total_seconds else None
 
-    def _restart(self, *_: Any) -> None:
-        self.started, self.rows = time.perf_counter(), 0
+    def counted(self, module: TrainingModule, batch: Any) -> int:
+        return len(batch["index"]) * module.mesh.data_parallel_size
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._restart()
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._restart()
-
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: Any
-    ) -> None:
-        self._restart()
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        assert isinstance(pl_module, TrainingModule)
-        self.rows += len(batch["index"]) * pl_module.mesh.data_parallel_size
-        if trainer.global_step % pl_module.log_every:
-            return
-        seconds = time.perf_counter() - self.started
-        pl_module.record({"perf/examples_per_second": self.rows / seconds})
+    def log_interval(self, trainer: Trainer, module: TrainingModule, seconds: float) -> None:
+        module.record({"perf/examples_per_second": self.count / seconds})
         self.intervals += 1
         if self.intervals > 1:
-            self.total_rows += self.rows
+            self.total_rows += self.count
             self.total_seconds += seconds
-        self._restart()
 
 
 @dataclasses.dataclass(frozen=True)
