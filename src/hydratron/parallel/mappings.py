@@ -6,6 +6,7 @@ of the heads, of the intermediate width or of the vocabulary. The collectives ar
 that torch.compile traces them. Shapes: T tokens, H features, `/t` split over the group.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +21,20 @@ _REDUCE_SCATTER = (
 )
 
 
+# A collective under way: its result, not waited for, and its input.
+Pending = tuple[Tensor, Tensor]
+# Starts a collective over a group; the result is to be waited for.
+Begin = Callable[[Tensor, ProcessGroup], Tensor]
+
+
+def _begin_gather(x: Tensor, group: ProcessGroup) -> Tensor:
+    return _ALL_GATHER(x.contiguous(), 0, group)
+
+
+def _begin_reduce_scatter(x: Tensor, group: ProcessGroup) -> Tensor:
+    return _REDUCE_SCATTER(x.contiguous(), "sum", 0, group)
+
+
 def all_reduce(x: Tensor, operation: str, group: ProcessGroup) -> Tensor:
     """All-reduce `x` with `operation` ("sum" or "max") over `group`; outside autograd."""
     return collectives.wait_tensor(collectives.all_reduce(x, operation, group))
@@ -27,12 +42,12 @@ def all_reduce(x: Tensor, operation: str, group: ProcessGroup) -> Tensor:
 
 def all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
     """Concatenate the ranks' `x` [T/t, ...] along dimension 0 into [T, ...]; outside autograd."""
-    return collectives.wait_tensor(_ALL_GATHER(x.contiguous(), 0, group))
+    return collectives.wait_tensor(_begin_gather(x, group))
 
 
 def reduce_scatter(x: Tensor, group: ProcessGroup) -> Tensor:
     """Sum `x` [T, ...] over the group and keep this rank's rows [T/t, ...]; outside autograd."""
-    return collectives.wait_tensor(_REDUCE_SCATTER(x.contiguous(), "sum", 0, group))
+    return collectives.wait_tensor(_begin_reduce_scatter(x, group))
 
 
 class _Gather(torch.autograd.Function):
@@ -57,56 +72,35 @@ class _ReduceScatter(torch.autograd.Function):
         return all_gather(gradients[0], ctx.group), None
 
 
-class _StartGather(torch.autograd.Function):
-    """Two outputs: the gathered tensor, not waited for, and `x` itself, which carries the gradient.
+class _Start(torch.autograd.Function):
+    """Two outputs: the collective's result, not waited for, and `x`, which carries the gradient.
 
     Between the two functions of a pair lies what the collective runs beside; in the backward pass
-    likewise, in reverse: the second function starts the collective, the first waits for it.
+    likewise, in reverse: the second function begins its collective, the first waits for it.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
-        gathered = _ALL_GATHER(x.contiguous(), 0, group)
-        ctx.mark_non_differentiable(gathered)
-        return gathered, x.view_as(x)
+    def forward(ctx: Any, x: Tensor, begin: Begin, group: ProcessGroup) -> Pending:
+        under_way = begin(x, group)
+        ctx.mark_non_differentiable(under_way)
+        return under_way, x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return collectives.wait_tensor(gradients[1]), None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return collectives.wait_tensor(gradients[1]), None, None
 
 
-class _FinishGather(torch.autograd.Function):
+class _Finish(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gathered: Tensor, x: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group = group
-        return collectives.wait_tensor(gathered)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, None]:
-        return None, _REDUCE_SCATTER(gradients[0].contiguous(), "sum", 0, ctx.group), None
-
-
-class _StartReduceScatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
-        scattered = _REDUCE_SCATTER(x.contiguous(), "sum", 0, group)
-        ctx.mark_non_differentiable(scattered)
-        return scattered, x.view_as(x)
+    def forward(
+        ctx: Any, under_way: Tensor, x: Tensor, begin_backward: Begin, group: ProcessGroup
+    ) -> Tensor:
+        ctx.begin_backward, ctx.group = begin_backward, group
+        return collectives.wait_tensor(under_way)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return collectives.wait_tensor(gradients[1]), None
-
-
-class _FinishReduceScatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, scattered: Tensor, x: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group = group
-        return collectives.wait_tensor(scattered)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, None]:
-        return None, _ALL_GATHER(gradients[0].contiguous(), 0, ctx.group), None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, None, None]:
+        return None, ctx.begin_backward(gradients[0], ctx.group), None, None
 
 
 class _GatherReplicated(torch.autograd.Function):
@@ -140,28 +134,24 @@ def gather_into_tensor_parallel_region(x: Tensor, group: ProcessGroup | None) ->
     return x if group is None else _Gather.apply(x, group)  # type: ignore[return-value]
 
 
-# A collective under way: its result, not waited for, and its input.
-Pending = tuple[Tensor, Tensor]
-
-
 def start_gather(x: Tensor, group: ProcessGroup) -> Pending:
     """Begin `gather_into_tensor_parallel_region`; `finish_gather` gives its result."""
-    return _StartGather.apply(x, group)  # type: ignore[return-value]
+    return _Start.apply(x, _begin_gather, group)  # type: ignore[return-value]
 
 
 def finish_gather(pending: Pending, group: ProcessGroup) -> Tensor:
     """Wait for what `start_gather` began: [T, H]."""
-    return _FinishGather.apply(*pending, group)  # type: ignore[return-value]
+    return _Finish.apply(*pending, _begin_reduce_scatter, group)  # type: ignore[return-value]
 
 
 def start_reduce_scatter(x: Tensor, group: ProcessGroup) -> Pending:
     """Begin `reduce_scatter_from_tensor_parallel_region`; `finish_reduce_scatter` ends it."""
-    return _StartReduceScatter.apply(x, group)  # type: ignore[return-value]
+    return _Start.apply(x, _begin_reduce_scatter, group)  # type: ignore[return-value]
 
 
 def finish_reduce_scatter(pending: Pending, group: ProcessGroup) -> Tensor:
     """Wait for what `start_reduce_scatter` began: [T/t, H]."""
-    return _FinishReduceScatter.apply(*pending, group)  # type: ignore[return-value]
+    return _Finish.apply(*pending, _begin_gather, group)  # type: ignore[return-value]
 
 
 def reduce_scatter_from_tensor_parallel_region(x: Tensor, group: ProcessGroup | None) -> Tensor:
