@@ -61,11 +61,9 @@ def finetune(hydratron: Run, run: str, *arguments: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_finetuned_run_evaluates_to_its_own_scores(
-    hydratron: Run, in_process: Run, inputs: Path
-) -> None:
+def test_a_finetuned_run_evaluates_to_its_own_scores(in_process: Run, inputs: Path) -> None:
     """Finetuned at TP 2, evaluated at TP 1 and by itself in an ensemble of one."""
-    finetune(hydratron, "run", *SQUAD2, "checkpoint=bert", "parallel=tp2", "task.epochs=1")
+    finetune(in_process, "run", *SQUAD2, "checkpoint=bert", "parallel=tp2", "task.epochs=1")
     found = result(inputs / "run")
     assert found["task"] == "squad2"
     assert found["tensor_parallel_size"] == 2

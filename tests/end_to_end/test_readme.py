@@ -46,7 +46,7 @@ def test_the_sweep_can_be_started_and_read(hydratron, tmp_path: Path) -> None:
     assert "1.58" in done.stdout  # the original's held-out loss, printed beside ours
 
 
-def test_own_text_trains_as_written(hydratron, tmp_path: Path) -> None:
+def test_own_text_trains_as_written(in_process, tmp_path: Path) -> None:
     texts = tmp_path / "my_texts"
     texts.mkdir()
     words = "The quick brown fox jumps over the lazy dog near the river bank. " * 40
@@ -55,7 +55,9 @@ def test_own_text_trains_as_written(hydratron, tmp_path: Path) -> None:
     first = commands("Your own text")[0]
     fast = ["trainer.max_steps=2", "data.global_batch_size=2", "data.validation_samples=2"]
     kept = [word for word in first[1:] if not word.startswith("trainer.max_steps")]
-    done = hydratron(*kept, *fast, "model.vocab_size=512", "hydra.run.dir=run")
+    done = in_process(
+        *kept, *fast, "trainer.log_every=1", "model.vocab_size=512", "hydra.run.dir=run"
+    )
     assert done.returncode == 0, done.stderr
 
 
