@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 DEVICE_EVENTS = ("kernel", "gpu_memcpy", "gpu_memset")
-# By name, the first that matches. Inductor's own kernels (triton_...) are elementwise and norms.
+# By name, the first that matches. Inductor's own kernels are elementwise work and sums, also where
+# they are named after the product that they prepare; its products are templates (triton_tem_...).
 KINDS = (
     ("communication", re.compile(r"nccl|all_?reduce|all_?gather|reduce_?scatter", re.IGNORECASE)),
-    ("other_kernels", re.compile(r"^triton_(?!.*(mm|template))")),
+    ("other_kernels", re.compile(r"^triton_(poi|per|red|for)_")),
     ("attention", re.compile(r"flash|fmha|attention|sdpa", re.IGNORECASE)),
     ("matrix_products", re.compile(r"gemm|nvjet|cutlass|cublas|xmma|_mm_|matmul", re.IGNORECASE)),
 )

@@ -16,6 +16,7 @@ NAMES = {
     "void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel": "attention",
     "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma": "attention",
     "ncclDevKernel_ReduceScatter_Sum_bf16_RING_LL": "communication",
+    "triton_poi_fused__scaled_mm__to_copy_clamp_div_t_3": "other_kernels",
     "triton_per_fused_native_dropout_native_layer_norm_7": "other_kernels",
     "void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>": "other_kernels",
     "Memcpy HtoD (Pinned -> Device)": "other_kernels",
