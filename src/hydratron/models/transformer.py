@@ -31,12 +31,14 @@ from hydratron.parallel.placement import mark_sequence_sharded
 
 _aten, _c10d = torch.ops.aten, torch.ops._c10d_functional
 # What selective recomputation keeps: what is slow to compute again for the memory it takes.
-KEPT_OPERATIONS = [
-    *(_aten.mm.default, _aten.addmm.default, _aten._scaled_mm.default),
+ATTENTION_WITH_DROPOUT = [
     _aten._scaled_dot_product_cudnn_attention.default,
     _aten._scaled_dot_product_flash_attention.default,
     _aten._flash_attention_forward.default,
     _aten._scaled_dot_product_efficient_attention.default,
+]
+KEPT_OPERATIONS = [
+    *(_aten.mm.default, _aten.addmm.default, _aten._scaled_mm.default),
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     *(_c10d.reduce_scatter_tensor.default, _c10d.all_gather_into_tensor.default),
     _c10d.wait_tensor.default,
@@ -46,13 +48,13 @@ KEPT_OPERATIONS = [
 def kept_operations(config: ModelConfig) -> list[Any]:
     """Return what selective recomputation keeps of a layer.
 
-    An operation that draws random numbers and is kept does not draw them again, so that what draws
-    after it would get others: not compiled, attention with dropout is computed again. A compiled
-    graph keeps its random numbers itself.
+    A kernel that is kept does not draw its random numbers again, so that what draws after it would
+    get others: not compiled, attention with dropout is computed again. A compiled graph keeps
+    its random numbers itself.
     """
     if torch.compiler.is_compiling() or not config.attention_dropout:
-        return KEPT_OPERATIONS
-    return [op for op in KEPT_OPERATIONS if torch.Tag.nondeterministic_seeded not in op.tags]
+        return KEPT_OPERATIONS + ATTENTION_WITH_DROPOUT
+    return KEPT_OPERATIONS
 
 
 class LayerNorm(nn.LayerNorm):
