@@ -47,7 +47,9 @@ def adamw_factors(
     return torch.stack(factors).float()
 
 
-def _update(part: MasterWeight, factors: Tensor, beta1: float, beta2: float, eps: float) -> None:
+def update_master(
+    part: MasterWeight, factors: Tensor, beta1: float, beta2: float, eps: float
+) -> None:
     """Change weight, master and moments in place; all of one shape."""
     gradient_factor, decay, rate, debias, skip = factors.unbind()
     gradient = part.gradient.float() * gradient_factor
@@ -64,14 +66,14 @@ def _update(part: MasterWeight, factors: Tensor, beta1: float, beta2: float, eps
     part.weight.copy_(part.master)
 
 
-_update_any = torch.compile(_update, dynamic=True)
+_update_any = torch.compile(update_master, dynamic=True)
 
 
 @torch.compile
 def _update_aligned(
     part: MasterWeight, factors: Tensor, beta1: float, beta2: float, eps: float
 ) -> None:
-    _update(part, factors, beta1, beta2, eps)
+    update_master(part, factors, beta1, beta2, eps)
 
 
 @torch.no_grad()
