@@ -35,7 +35,7 @@ def attend(
     Returns:
         [B*S, N, D]
     """
-    if key_mask is not None and qkv.is_cuda and qkv.dtype in _HALVES and qkv.size(-1) % 8 == 0:
+    if key_mask is not None and qkv.is_cuda and takes_segments(qkv):
         query, key, value = qkv.unbind(1)
         starts = segment_starts(key_mask)
         return torch.ops.aten._flash_attention_forward(
@@ -50,6 +50,19 @@ def attend(
     else:  # torch's own order
         context = F.scaled_dot_product_attention(query, key, value, **inputs)
     return context.transpose(1, 2).flatten(0, 1)
+
+
+def takes_segments(qkv: Tensor) -> bool:
+    """Whether FlashAttention 2 computes what `attend` is given: a GPU's type, size and age."""
+    head_dim = qkv.size(-1)
+    has_kernel = qkv.dtype in _HALVES and head_dim % 8 == 0 and head_dim <= 256
+    return has_kernel and compute_capability(qkv.device) >= (8, 0)
+
+
+@torch.compiler.assume_constant_result
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    """Return a GPU's generation, (9, 0) for Hopper: a constant to the compiler."""
+    return torch.cuda.get_device_capability(device)
 
 
 def segment_starts(key_mask: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from hydratron.models.attention import attend, segment_starts
+from hydratron.models import attention
+from hydratron.models.attention import attend, segment_starts, takes_segments
 
 LENGTHS = [5, 8, 1]
 
@@ -26,6 +27,28 @@ def test_real_tokens_see_real_tokens_alone() -> None:
     for row, length in enumerate(LENGTHS):
         alone = attend(qkv[8 * row : 8 * row + length], length, None, **settings)
         torch.testing.assert_close(masked[row, :length], alone)
+
+
+@pytest.mark.parametrize(
+    ("capability", "head_dim", "dtype", "expected"),
+    [
+        ((9, 0), 64, torch.bfloat16, True),
+        ((8, 0), 256, torch.float16, True),
+        ((7, 5), 64, torch.float16, False),  # a T4
+        ((9, 0), 264, torch.bfloat16, False),
+        ((9, 0), 20, torch.bfloat16, False),
+        ((9, 0), 64, torch.float32, False),
+    ],
+)
+def test_segments_are_for_what_the_kernel_computes(
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    head_dim: int,
+    dtype: torch.dtype,
+    expected: bool,
+) -> None:
+    monkeypatch.setattr(attention, "compute_capability", lambda device: capability)
+    assert takes_segments(torch.empty(2, 3, 1, head_dim, dtype=dtype)) is expected
 
 
 @pytest.mark.gpu
