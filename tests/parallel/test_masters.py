@@ -74,7 +74,9 @@ def one_pass_over_shares(rank: int, world_size: int) -> list[tuple[Tensor, Tenso
     groups = [{"params": weights[:2]}, {"params": weights[2:]}]
     optimizer = ShardedAdamW(groups, placements=placements, dp_group=dist.group.WORLD, **SETTINGS)
     optimizer.scales_gradients = True  # what a GPU's masters do
+    optimizer.gradient_factor = torch.tensor(1.0)
     train(optimizer, weights)
+    assert optimizer.gradient_factor is None, "of one step alone"
     shards = [optimizer.shards[w] for w in weights]
     return [
         (w.detach(), s.part.detach(), s.dp_dim or 0) for w, s in zip(weights, shards, strict=True)

@@ -1,8 +1,9 @@
 """Matrix products in 8-bit floats with one dynamic scale a tensor (Micikevicius et al. 2022).
 
-Forward operands are e4m3; the incoming gradient is e5m2, whose range is larger. Sums are float32,
-results have the input's dtype. A weight's gradient is multiplied in the input's dtype: in 8 bits it
-needs both operands transposed, which took longer than it won (22 % of a GPT-2 step on an H200).
+Forward operands are e4m3, summed on a GPU in fewer bits than float32 has; the incoming gradient is
+e5m2, whose range is larger. Results have the input's dtype. A weight's gradient is multiplied in
+the input's dtype: in 8 bits it needs both operands transposed, which took longer than it won (22 %
+of a GPT-2 step on an H200).
 Letters: T tokens, I input features, O output features.
 """
 

@@ -62,7 +62,7 @@ class ShardedAdamW(AdamW):
         self.scales_gradients = all(
             p.is_cuda and p.dtype.itemsize < s.part.dtype.itemsize for p, s in self.shards.items()
         )
-        self.gradient_factor: Tensor | None = None  # of the next step
+        self.gradient_factor: Tensor | None = None  # of the next step alone
 
     def _shard(self, parameter: nn.Parameter, tp_dim: int | None) -> OptimizerShard:
         group_size = 1 if self.dp_group is None else self.dp_group.size()
@@ -114,7 +114,8 @@ class ShardedAdamW(AdamW):
 
     def _update_masters(self) -> dict[nn.Parameter, Tensor]:
         """Update every master in one pass; return the 16-bit weights of this rank's parts."""
-        skip, factor = getattr(self, "found_inf", None), self.gradient_factor
+        skip = getattr(self, "found_inf", None)
+        factor, self.gradient_factor = self.gradient_factor, None
         updated: dict[nn.Parameter, Tensor] = {}
         shard_of = {shard.part: shard for shard in self.shards.values()}
         for group in self.param_groups:
