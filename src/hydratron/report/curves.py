@@ -269,7 +269,8 @@ def _fits(section: Section, layout: Layout) -> dict[str, PowerLaw]:
     fits = {
         label: PowerLaw.fit(*zip(*line, strict=True))
         for label, line in points.items()
-        if len(line) >= LEAST_FITTED and all(math.isfinite(loss) for _, loss in line)
+        if LEAST_FITTED <= len(line) == len({size for size, _ in line})  # of one panel
+        and all(math.isfinite(loss) for _, loss in line)
     }
     return {label: fit for label, fit in fits.items() if fit.exponent > 0}
 

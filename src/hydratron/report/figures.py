@@ -13,9 +13,10 @@ def draw_figures(
 ) -> list[Path]:
     """Draw all that apply as PNG and SVG; returns the PNGs, the section's main figure first.
 
-    `against_seed` adds what the seed draws: training loss of the placements, and its losses by
-    size.
+    `against_seed` adds what the seed draws of pretraining: training loss of the placements, and
+    its losses by size.
     """
+    against_seed = against_seed and section.command == "pretrain"
     drawn = [
         loss_curves(section, directory / f"{prefix}loss_curves"),
         loss_by_size(section, directory / f"{prefix}loss_by_size", against_seed=against_seed),
@@ -23,7 +24,7 @@ def draw_figures(
         throughput_bars(section, directory / f"{prefix}throughput"),
         gradient_norms(section, directory / f"{prefix}gradient_norms"),
     ]
-    if against_seed and section.command == "pretrain" and "layernorm" in section.keys:
+    if against_seed and "layernorm" in section.keys:
         path = directory / f"{prefix}training_curves"  # the seed's Figure 1
         drawn.insert(1, loss_curves(section, path, "train/loss"))
     for metric in section.main_metrics:

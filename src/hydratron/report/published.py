@@ -22,7 +22,10 @@ BERT_PRETRAINING = (
     ("Megatron-3.9B", "3.9B", 2560, 40, 48, 4, 512, 1.16),
 )
 # The same losses by number of parameters (with the vocabulary padded to 30,592), for figures.
-BERT_LOSSES = ((336_297_858, 1.58), (1_280_739_202, 1.30), (3_869_260_674, 1.16))
+BERT_LOSSES = tuple(
+    (size, float(row[-1]))
+    for size, row in zip((336_297_858, 1_280_739_202, 3_869_260_674), BERT_PRETRAINING, strict=True)
+)
 TASKS = ("mnli", "qqp", "squad1", "squad2", "race")
 # Table 2: development sets, median of five seeds; RACE is the test set, all (middle / high).
 FINETUNING = (

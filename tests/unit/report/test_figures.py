@@ -80,6 +80,21 @@ def test_against_the_seed_losses_by_size_get_their_power_law(writer, tmp_path, m
     assert any(entry.startswith("seed") for entry in entries)
 
 
+def test_panels_of_one_line_get_no_power_law_of_both(writer, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(curves, "save_figure", lambda *a: (drawn.append(a[0]), save_figure(*a))[1])
+    for width, lr, placement in product((128, 256, 512), (1e-3, 1e-4), ("pre", "post")):
+        size = 40.0 * width**2
+        overrides = {"model.hidden_size": width, "optimizer.lr": lr, "layernorm": placement}
+        result = {"val/loss": 20 * size**-0.1 + 1e3 * lr, "num_parameters": size}
+        writer.run(f"{width}{lr}{placement}", overrides, result=result | {"layernorm": placement})
+    draw_figures(section_of(writer), tmp_path, against_seed=True)
+    entries = [text.get_text() for text in drawn[-1].legends[0].get_texts()]
+    assert [entry for entry in entries if "parameters^" in entry] == [
+        "seed, its own corpus: parameters^-0.127"
+    ]
+
+
 def test_a_power_law_is_found_again():
     fit = PowerLaw.fit((1e6, 1e7, 1e9), [7 * n**-0.07 for n in (1e6, 1e7, 1e9)])
     assert (fit.factor, fit.exponent) == pytest.approx((7, 0.07))
