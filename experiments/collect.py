@@ -26,9 +26,9 @@ KEPT = ("status", "num_parameters", "steps", "tokens", "train/loss", "val/loss",
 CURVES = ("train/loss", "val/loss")
 
 
-def swept_keys(runs: Sequence[Run]) -> list[str]:
-    """The columns that tell runs apart."""
-    also = [key for key in ALSO_SWEPT if len({run.value(key) for run in runs}) > 1]
+def swept_keys(runs: Sequence[Run], columns: Sequence[str] = ()) -> list[str]:
+    """The columns that tell runs apart, from each other and from those of a file with `columns`."""
+    also = [k for k in ALSO_SWEPT if k in columns or len({run.value(k) for run in runs}) > 1]
     return [SWEPT[0], *also, *SWEPT[1:]]
 
 
@@ -95,13 +95,15 @@ def main() -> None:
     """Read the runs, write the file."""
     options = parse_arguments()
     runs = load_runs([options.directory]).runs
-    swept = swept_keys(runs)
     name, by_run = "results.csv", [[result_row(run)] for run in runs]
     if options.layer_steps:
         name = "gradient_norms.csv"
         by_run = [layer_rows(run, options.layer_steps) for run in runs]
     elif options.curves:
         name, by_run = "curves.csv", [curve_rows(run) for run in runs]
+    path = options.output / (options.name or name)
+    kept = pd.read_csv(path) if options.add else pd.DataFrame()
+    swept = swept_keys(runs, list(kept.columns))
     facts = {"hardware": options.hardware, "commit": options.commit}
     rows = []
     for run, found in zip(runs, by_run, strict=True):
@@ -113,10 +115,9 @@ def main() -> None:
     # a run that was stopped and went on also validated where it stopped
     along = [c for c in frame if str(c).startswith("val/loss@") and frame[c].isna().any()]
     frame = frame.drop(columns=along).dropna(axis="columns", how="all")
-    keys = [key for key in (*swept, "step", "layer") if key in frame]
-    path = options.output / (options.name or name)
+    keys = [key for key in (*swept, "step", "layer") if key in frame or key in kept]
     if options.add:
-        frame = pd.concat([pd.read_csv(path), frame]).drop_duplicates(keys, keep="last")
+        frame = pd.concat([kept, frame]).drop_duplicates(keys, keep="last")
     ends = [column for column in facts if column in frame]
     frame = frame[[*(c for c in frame if c not in ends), *ends]].sort_values(keys, kind="stable")
     frame.to_csv(path, index=False, float_format="%.6g")

@@ -72,3 +72,13 @@ def test_runs_are_added_to_those_kept_and_replace_their_like(tmp_path: Path) -> 
     assert list(frame["val/accuracy"]) == [0.75, 0.25]
     assert frame["command"][1] == "hydratron pretrain seed=2 optimizer.lr=1e-3"
     assert not (tmp_path / "results.csv").exists()
+
+
+def test_rows_of_another_size_are_kept(tmp_path: Path) -> None:
+    for number, size in enumerate(("336m", "752m")):
+        write_run(tmp_path / f"runs/{number}", 1, size=size)
+    collect(tmp_path)
+    (tmp_path / "runs").rename(tmp_path / "before")
+    write_run(tmp_path / "runs/0", 1, size="1.3b")
+    collect(tmp_path, "--add")
+    assert list(pd.read_csv(tmp_path / "results.csv")["size"]) == ["1.3b", "336m", "752m"]
