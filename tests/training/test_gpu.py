@@ -64,10 +64,13 @@ class NoWaiting(Callback):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_bf16_step_never_waits_for_the_gpu(tmp_path: Path, compiled: bool) -> None:
+def test_a_bf16_step_never_waits_for_the_gpu(
+    tmp_path: Path, compiled: bool, precision: str
+) -> None:
     guard = NoWaiting(log_every=10)
-    settings = GPU | {"precision": "bf16-mixed", "log_every": 10, "compile": compiled}
+    settings = GPU | {"precision": precision, "log_every": 10, "compile": compiled}
     losses(Job(tmp_path, max_steps=20, trainer=settings), [guard])
     assert guard.num_guarded >= 14
 

@@ -22,6 +22,9 @@ from hydratron.parallel.mappings import (
 )
 from hydratron.parallel.mesh import ProcessGroup
 
+# To save memory Inductor would begin a backward collective only when its result is needed.
+COMPILE_OPTIONS = {"reorder_for_peak_memory": False}
+
 
 @dataclass(frozen=True)
 class Sublayer:

@@ -10,16 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed._functional_collectives as collectives
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-# renamed in torch 2.13, where the first names warn
-_ALL_GATHER = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
-_REDUCE_SCATTER = (
-    getattr(collectives, "reduce_scatter_single", None) or collectives.reduce_scatter_tensor
-)
-
+# The operators themselves: what `_functional_collectives` makes of them waits at once when traced,
+# so that nothing could run beside a collective in a compiled graph.
+_c10d = torch.ops._c10d_functional
 
 # A collective under way: its result, not waited for, and its input.
 Pending = tuple[Tensor, Tensor]
@@ -28,26 +24,26 @@ Begin = Callable[[Tensor, ProcessGroup], Tensor]
 
 
 def _begin_gather(x: Tensor, group: ProcessGroup) -> Tensor:
-    return _ALL_GATHER(x.contiguous(), 0, group)
+    return _c10d.all_gather_into_tensor(x.contiguous(), group.size(), group.group_name)
 
 
 def _begin_reduce_scatter(x: Tensor, group: ProcessGroup) -> Tensor:
-    return _REDUCE_SCATTER(x.contiguous(), "sum", 0, group)
+    return _c10d.reduce_scatter_tensor(x.contiguous(), "sum", group.size(), group.group_name)
 
 
 def all_reduce(x: Tensor, operation: str, group: ProcessGroup) -> Tensor:
     """All-reduce `x` with `operation` ("sum" or "max") over `group`; outside autograd."""
-    return collectives.wait_tensor(collectives.all_reduce(x, operation, group))
+    return _c10d.wait_tensor(_c10d.all_reduce(x, operation, group.group_name))
 
 
 def all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
     """Concatenate the ranks' `x` [T/t, ...] along dimension 0 into [T, ...]; outside autograd."""
-    return collectives.wait_tensor(_begin_gather(x, group))
+    return _c10d.wait_tensor(_begin_gather(x, group))
 
 
 def reduce_scatter(x: Tensor, group: ProcessGroup) -> Tensor:
     """Sum `x` [T, ...] over the group and keep this rank's rows [T/t, ...]; outside autograd."""
-    return collectives.wait_tensor(_begin_reduce_scatter(x, group))
+    return _c10d.wait_tensor(_begin_reduce_scatter(x, group))
 
 
 class _Gather(torch.autograd.Function):
@@ -87,7 +83,7 @@ class _Start(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return collectives.wait_tensor(gradients[1]), None, None
+        return _c10d.wait_tensor(gradients[1]), None, None
 
 
 class _Finish(torch.autograd.Function):
@@ -96,7 +92,7 @@ class _Finish(torch.autograd.Function):
         ctx: Any, under_way: Tensor, x: Tensor, begin_backward: Begin, group: ProcessGroup
     ) -> Tensor:
         ctx.begin_backward, ctx.group = begin_backward, group
-        return collectives.wait_tensor(under_way)
+        return _c10d.wait_tensor(under_way)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, None, None]:

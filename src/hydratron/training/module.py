@@ -11,6 +11,7 @@ import torch
 from pytorch_lightning import LightningModule
 from torch import Tensor, nn
 
+from hydratron.models.interleaving import COMPILE_OPTIONS
 from hydratron.models.transformer import interleave_halves
 from hydratron.parallel.fp8 import use_fp8
 from hydratron.parallel.grad_norm import (
@@ -142,7 +143,7 @@ class TrainingModule(LightningModule):
         if self.interleave:
             interleave_halves(network)
         if self.compile_network:
-            network.compile()
+            network.compile(options=COMPILE_OPTIONS if self.interleave else None)
         self.network = network
         # dropout outside replicated compute acts on this rank's heads and tokens: a stream a rank
         torch.manual_seed(self.seed * 1_000_003 + self.strategy.global_rank)
