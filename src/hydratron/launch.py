@@ -25,6 +25,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from hydratron.arguments import InputError, override_dictionary
+from hydratron.checkpoint.runs import FROZEN_CONFIG
 from hydratron.processes import (
     child_command,
     clean_environment,
@@ -51,7 +52,6 @@ from hydratron.result import (
     write_result,
 )
 
-FROZEN_CONFIG = ".hydra/resolved.yaml"
 OUTPUT = "output.log"
 TERMINATED = 128 + signal.SIGTERM
 INTERRUPTED = 128 + signal.SIGINT

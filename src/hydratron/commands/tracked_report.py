@@ -9,8 +9,8 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from pytorch_lightning.loggers import WandbLogger
 
+from hydratron.checkpoint.runs import FROZEN_CONFIG
 from hydratron.commands.tracking import is_offline
-from hydratron.launch import FROZEN_CONFIG
 from hydratron.result import TRACKED, sync_command
 
 

@@ -19,7 +19,8 @@ from omegaconf import OmegaConf
 from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from hydratron.launch import FROZEN_CONFIG, TERMINATED, exit_status
+from hydratron.checkpoint.runs import FROZEN_CONFIG
+from hydratron.launch import TERMINATED, exit_status
 from hydratron.processes import world_size
 from hydratron.result import PACKAGES, TRACKED, git_commit, package_version, sync_command
 
