@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from hydratron.parallel.mesh import ParallelMesh
 from hydratron.parallel.placement import parameter_placements
-from hydratron.parallel.zero import OptimizerShard, ShardedAdamW
+from hydratron.parallel.zero import MOMENT_BYTES, PART_BYTES, OptimizerShard, ShardedAdamW
 
 LOOPS = "loops.pt"
 NAME_PREFIX = "step-"
@@ -146,7 +146,7 @@ def bytes_per_parameter(dtype: torch.dtype) -> int:
     """Return what a checkpoint holds of each parameter of a network in `dtype`: the weight, two
     float32 moments, and of a weight of 16 bits its float32 master.
     """
-    return dtype.itemsize + 8 + (4 if dtype.itemsize < 4 else 0)
+    return dtype.itemsize + MOMENT_BYTES + (PART_BYTES if dtype.itemsize < PART_BYTES else 0)
 
 
 def check_space(

@@ -14,6 +14,9 @@ from hydratron.parallel.mappings import all_gather
 from hydratron.parallel.masters import MasterWeight, adamw_factors, update_masters
 from hydratron.parallel.placement import Placement
 
+MOMENT_BYTES = 8  # AdamW's two moments in float32
+PART_BYTES = 4  # what `ShardedAdamW` updates: a share of the weights, a master weight, or both
+
 
 @dataclass(frozen=True)
 class OptimizerShard:
@@ -57,6 +60,7 @@ class ShardedAdamW(AdamW):
                 self.shards[parameter] = self._shard(parameter, placements[parameter].tp_dim)
         own = [g | {"params": [self.shards[p].part for p in g["params"]]} for g in groups]
         super().__init__(own, **settings)
+        self._shard_of = {shard.part: shard for shard in self.shards.values()}
         self._apart = [s for s in self.shards.values() if s.part is not s.parameter]
         # masters on a GPU, updated by kernels of our own, which can clip at no cost
         self.scales_gradients = all(
@@ -117,7 +121,6 @@ class ShardedAdamW(AdamW):
         skip = getattr(self, "found_inf", None)
         factor, self.gradient_factor = self.gradient_factor, None
         updated: dict[nn.Parameter, Tensor] = {}
-        shard_of = {shard.part: shard for shard in self.shards.values()}
         for group in self.param_groups:
             states = [self._started(part) for part in group["params"]]
             steps = [state["step"] for state in states]
@@ -126,7 +129,7 @@ class ShardedAdamW(AdamW):
             torch._foreach_add_(steps, [taken] * len(steps))
             parts = []
             for part, state in zip(group["params"], states, strict=True):
-                parameter, dim = shard_of[part].parameter, shard_of[part].dp_dim
+                parameter, dim = self._shard_of[part].parameter, self._shard_of[part].dp_dim
                 assert parameter.grad is not None
                 whole = dim is None
                 weight = parameter if whole else torch.empty_like(part, dtype=parameter.dtype)

@@ -5,13 +5,10 @@ from dataclasses import dataclass
 import torch
 
 from hydratron.parallel.placement import parameter_placements
-from hydratron.parallel.zero import data_parallel_dim
+from hydratron.parallel.zero import MOMENT_BYTES, PART_BYTES, data_parallel_dim
 from hydratron.perf.kernels import live_bytes
 from hydratron.perf.recorder import StepTrace, StepTraces, pretended_mesh
 from hydratron.perf.step import StepConfig, build_network
-
-MOMENT_BYTES = 8  # AdamW's two moments in float32
-PART_BYTES = 4  # what `ShardedAdamW` updates: a share of the weights, a master weight, or both
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ MAX_ROWS = 6
 # A line of so many sizes gets its power law, where published losses are beside it.
 LEAST_FITTED = 3
 FIT_DASHES = (0, (1.5, 1))
+SEED_LAW = PowerLaw.fit(*zip(*BERT_LOSSES, strict=True))
 SEED_STYLE = (STYLES[4][0], FIT_DASHES, "*")
 # Stands for infinity where matplotlib needs a number: far outside any loss axis.
 FAR = 1e9
@@ -279,16 +280,15 @@ def _draw_published(axes: Axes, fits: Iterable[PowerLaw]) -> None:
     """The seed's losses, and each fit over the sizes that it is of."""
     color, dashes, marker = SEED_STYLE
     axes.plot(*zip(*BERT_LOSSES, strict=True), marker=marker, ms=9, ls="", color=color, zorder=3)
-    for fit in (*fits, PowerLaw.fit(*zip(*BERT_LOSSES, strict=True))):
+    for fit in (*fits, SEED_LAW):
         sizes = np.geomspace(fit.smallest, fit.largest)
         axes.plot(sizes, fit(sizes), color=color, linestyle=dashes, linewidth=1.2, zorder=3.5)
 
 
 def _fit_entries(fits: Mapping[str, PowerLaw]) -> dict[str, Style]:
     """Legend entries that say each exponent."""
-    seed = PowerLaw.fit(*zip(*BERT_LOSSES, strict=True))
     entries: dict[str, Style] = {
-        f"seed, its own corpus: parameters^-{seed.exponent:.3f}": SEED_STYLE
+        f"seed, its own corpus: parameters^-{SEED_LAW.exponent:.3f}": SEED_STYLE
     }
     for label, fit in fits.items():
         named = f"fit, {label}" if label else "our fit"
