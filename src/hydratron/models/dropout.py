@@ -36,10 +36,9 @@ def _fold(x: Tensor, num_bits: int) -> Tensor:
 class Dropout(nn.Dropout):
     """`nn.Dropout`, cheaper in a compiled graph.
 
-    There torch draws a block of Philox for every value and keeps the mask for the backward pass:
-    9 % of a step of the 336M BERT on an H200. Here both passes compute the mask from a key of two
-    numbers, so nothing is kept but the key, which comes from the same stream. Not compiled, torch's
-    own kernel is the fastest.
+    There torch draws a block of Philox for every value. The hash took 3.0 of 82.6 ms off a step of
+    the 336M BERT on an H200. Its key of two numbers comes from the same stream. Not compiled,
+    torch's own kernel is the fastest.
     """
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (nn.Dropout's name for it)

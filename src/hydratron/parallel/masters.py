@@ -69,7 +69,7 @@ def update_master(
 _update_any = torch.compile(update_master, dynamic=True)
 
 
-@torch.compile
+@torch.compile  # code of its own: torch.compile would take one function for both
 def _update_aligned(
     part: MasterWeight, factors: Tensor, beta1: float, beta2: float, eps: float
 ) -> None:
