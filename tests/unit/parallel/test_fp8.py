@@ -41,11 +41,15 @@ def test_a_row_with_an_outlier_costs_the_other_rows_nothing() -> None:
     assert torch.equal(found[rows][:, columns], expected[rows][:, columns])
 
 
-def test_forward_and_both_gradients_are_near_the_dense_layer_s() -> None:
-    x = torch.randn(T, IN, requires_grad=True)
-    weight = torch.randn(OUT, IN, requires_grad=True)
-    bias = torch.randn(OUT, requires_grad=True)
-    upstream = torch.randn(T, OUT)
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_forward_and_both_gradients_are_near_the_dense_layer_s(device: str) -> None:
+    x = torch.randn(T, IN, device=device, requires_grad=True)
+    weight = torch.randn(OUT, IN, device=device, requires_grad=True)
+    bias = torch.randn(OUT, device=device, requires_grad=True)
+    upstream = torch.randn(T, OUT, device=device)
     expected = F.linear(x, weight, bias)
     expected_gradients = torch.autograd.grad(expected, (x, weight, bias), upstream)
     low = x.detach().bfloat16().requires_grad_()
