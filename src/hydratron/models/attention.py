@@ -56,13 +56,13 @@ def takes_segments(qkv: Tensor) -> bool:
     """Whether FlashAttention 2 computes what `attend` is given: a GPU's type, size and age."""
     head_dim = qkv.size(-1)
     has_kernel = qkv.dtype in _HALVES and head_dim % 8 == 0 and head_dim <= 256
-    return has_kernel and compute_capability(qkv.device) >= (8, 0)
+    return has_kernel and is_ampere_or_newer(qkv.device)
 
 
 @torch.compiler.assume_constant_result
-def compute_capability(device: torch.device) -> tuple[int, int]:
-    """Return a GPU's generation, (9, 0) for Hopper: a constant to the compiler."""
-    return torch.cuda.get_device_capability(device)
+def is_ampere_or_newer(device: torch.device) -> bool:
+    """Whether a GPU's compute capability is 8.0 or above: a constant to the compiler."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def segment_starts(key_mask: Tensor) -> Tensor:
