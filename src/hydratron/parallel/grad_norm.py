@@ -20,13 +20,14 @@ def squared_gradient_norms(model: nn.Module, tp_group: ProcessGroup | None) -> d
     named = [(n, p.grad) for n, p in model.named_parameters() if p.grad is not None]
     if not named:
         return {}
+    named.sort(key=lambda item: placements[item[0]].tp_dim is None)  # split parameters first
     dtype = torch.promote_types(named[0][1].dtype, torch.float32)
     norms = torch._foreach_norm([g for _, g in named], 2, dtype=dtype)
     squares = torch.stack(norms).square()
-    if tp_group is not None:
-        is_split = [placements[name].tp_dim is not None for name, _ in named]
-        split = torch.tensor(is_split, device=squares.device)
-        squares = torch.where(split, all_reduce(squares, "sum", tp_group), squares)
+    num_split = sum(placements[name].tp_dim is not None for name, _ in named)
+    if tp_group is not None and num_split:
+        split, whole = squares[:num_split], squares[num_split:]
+        squares = torch.cat([all_reduce(split, "sum", tp_group), whole])
     return {name: square for (name, _), square in zip(named, squares.unbind(), strict=True)}
 
 
