@@ -30,27 +30,37 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x.float() / factor).clamp(-largest, largest).to(E4M3), factor
 
 
-def multiply(a: Tensor, b: Tensor, *, fast: bool = False) -> Tensor:
-    """Return a @ b^T for a [M, K] and b [N, K] in a's dtype; `fast` sums in fewer bits on a GPU."""
+def multiply(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return a @ b^T + bias for a [M, K], b [N, K] and bias [N], in a's dtype."""
     (a8, a_factor), (b8, b_factor) = quantise(a), quantise(b)
     return torch._scaled_mm(
-        a8, b8.t(), scale_a=a_factor, scale_b=b_factor.t(), out_dtype=a.dtype, use_fast_accum=fast
+        a8,
+        b8.t(),
+        scale_a=a_factor,
+        scale_b=b_factor.t(),
+        bias=bias,
+        out_dtype=a.dtype,
+        use_fast_accum=True,
     )
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return multiply(x, weight, fast=True)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return multiply(x, weight, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         x, weight = ctx.saved_tensors
         gradient = gradients[0]
         # the kernels sum over rows of what is stored, so the transpose is written out
         x_gradient = multiply(gradient, weight.t().contiguous())
-        return x_gradient, (gradient.t() @ x).to(weight.dtype)
+        weight_gradient = (gradient.t() @ x).to(weight.dtype)
+        if ctx.bias_dtype is None:
+            return x_gradient, weight_gradient, None
+        return x_gradient, weight_gradient, gradient.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
 
 
 def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -62,8 +72,7 @@ def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     for name, size in (("tokens", x.size(0)), ("in", weight.size(1)), ("out", weight.size(0))):
         if size % MULTIPLE:
             raise ValueError(f"fp8: {name} {size} is not divisible by {MULTIPLE}")
-    y = _Linear.apply(compute_dtype(x), weight)
-    return y if bias is None else y + bias.to(y.dtype)  # type: ignore[union-attr,return-value]
+    return _Linear.apply(compute_dtype(x), weight, bias)  # type: ignore[return-value]
 
 
 def use_fp8(network: nn.Module) -> None:
