@@ -77,7 +77,7 @@ def test_a_bf16_step_never_waits_for_the_gpu(
 
 # Compiled kernels add atomically, in no fixed order. On a CPU noise of 1e-7 in all gradients moves
 # the losses of these 20 steps by 1e-6 in float32, in bf16 by up to 2e-3: it tips roundings over.
-REPLAYED = [("32-true", 1e-4), ("bf16-mixed", 0.01)]
+REPLAYED = [("32-true", 1e-4), ("bf16-mixed", 0.01), ("bf16-true", 0.02)]
 
 
 @pytest.mark.parametrize(("precision", "bound"), REPLAYED)
@@ -113,24 +113,33 @@ def test_recomputation_changes_memory_and_nothing_else(tmp_path: Path, recompute
 
 
 # float32 sums in another order, 50 steps; bf16 has 8 bits
-GRIDS = [("tp2", "32-true", 1e-4), ("dp2", "32-true", 1e-4), ("tp2", "bf16-mixed", 0.02)]
+GRIDS = {
+    "tp2": (["parallel=tp2"], "32-true", 1e-4),
+    "dp2": (["parallel=dp2"], "32-true", 1e-4),
+    "tp2_bf16": (["parallel=tp2"], "bf16-mixed", 0.02),
+    "tp2_replayed": (["parallel=tp2", "trainer.cuda_graphs=true"], "32-true", 1e-4),
+    "tp2_interleaved": (
+        ["parallel=tp2", "parallel.interleave=true", "trainer.cuda_graphs=true"],
+        "32-true",
+        1e-4,
+    ),
+}
 
 
 @pytest.mark.multi_gpu
-@pytest.mark.parametrize(("grid", "precision", "bound"), GRIDS)
-def test_two_gpus_give_the_losses_of_one(
-    tmp_path: Path, grid: str, precision: str, bound: float
-) -> None:
-    for parallel in ("single", grid):
+@pytest.mark.parametrize("name", GRIDS)
+def test_two_gpus_give_the_losses_of_one(tmp_path: Path, name: str) -> None:
+    grid, precision, bound = GRIDS[name]
+    for run, layout in (("one", ["parallel=single"]), ("two", grid)):
         command = [
             sys.executable, "-m", "hydratron.cli", "pretrain",
             "experiment=quickstart", "trainer=gpu", "trainer.max_steps=50", "optimizer.lr=1e-3",
             f"trainer.precision={precision}", "trainer.log_every=1", "data.validation_samples=32",
-            f"parallel={parallel}", f"hydra.run.dir={tmp_path / parallel}",
+            f"hydra.run.dir={tmp_path / run}", *layout,
         ]  # fmt: skip
         subprocess.run(command, check=True, timeout=300, env=os.environ)
-        assert result(tmp_path / parallel)["status"] == "ok"
-    first, second = (metrics(tmp_path / name)["train/loss"] for name in ("single", grid))
+        assert result(tmp_path / run)["status"] == "ok"
+    first, second = (metrics(tmp_path / run)["train/loss"] for run in ("one", "two"))
     assert len(first) == 50
     assert (first - second).abs().max() < bound
 

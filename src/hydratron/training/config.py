@@ -41,8 +41,8 @@ class TrainerConfig:
     `val_every` and `checkpoint_every` count optimizer steps, 0 is only at the end.
     `log_layer_norms` adds each layer's gradient norm to the logged rows. `async_checkpoints` saves
     in a thread while training goes on. A run in which more than `max_skipped_steps` steps had a
-    non-finite loss or gradient stops. `cuda_graphs` replays steps of our own networks where one GPU
-    computes them.
+    non-finite loss or gradient stops. `cuda_graphs` replays steps of our own networks where one
+    replica computes them.
 
     Raises:
         ValueError: a value that cannot be, by name and rule.

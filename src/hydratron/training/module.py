@@ -82,8 +82,8 @@ class TrainingModule(LightningModule):
         compile: compile the network's forward pass.
         fp8: matrix products inside the Transformer in 8 bits.
         interleave: hide tensor-parallel communication behind the other half of the micro-batch.
-        cuda_graphs: replay whole steps as CUDA graphs, where one GPU computes them with float32
-            weights and no loss scaler; the network must not wait for the device.
+        cuda_graphs: replay whole steps as CUDA graphs, collectives with them, where one replica
+            computes them on GPUs without a loss scaler; the network must not wait for the device.
     """
 
     def __init__(
@@ -172,9 +172,9 @@ class TrainingModule(LightningModule):
         return [dict(zip(batch, part, strict=True)) for part in parts]
 
     def on_train_start(self) -> None:
-        is_alone = self.strategy.root_device.type == "cuda" and self.strategy.world_size == 1
-        is_plain = self._scaler is None and self.parameter_dtype == torch.float32
-        if self.cuda_graphs and is_alone and is_plain:
+        # DDP's buckets are launched from hooks, and a loss scaler asks the device for its overflow
+        is_one_replica = self.strategy.root_device.type == "cuda" and self.mesh.dp_group is None
+        if self.cuda_graphs and is_one_replica and self._scaler is None:
             found = [getattr(module, "generator", None) for module in self.network.modules()]
             self.graphs = StepGraphs(
                 self._gradients,

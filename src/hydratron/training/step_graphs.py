@@ -11,7 +11,7 @@ Batch = dict[str, Tensor]
 
 
 class StepGraphs:
-    """Runs gradients and update of one process's step on the device.
+    """Runs gradients and update of one process's step on the device, its collectives with them.
 
     The first batch of a shape is launched kernel by kernel, which warms up all that the shape
     needs; the second is captured; from there on the graph is replayed.
@@ -60,6 +60,8 @@ class StepGraphs:
         return found
 
     def _capture(self, batch: Batch) -> tuple[torch.cuda.CUDAGraph, Batch, Any]:
+        if torch.cuda.mem_get_info()[0] < torch.cuda.memory_reserved():
+            torch.cuda.empty_cache()  # a graph has memory of its own, and cannot free any
         inputs = {name: column.clone() for name, column in batch.items()}
         graph = torch.cuda.CUDAGraph()
         for generator in self.generators:
