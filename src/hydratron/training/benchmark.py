@@ -129,7 +129,9 @@ class StepTimer(Callback):
     ) -> None:
         config = self.config
         if batch_idx == config.warmup_steps:
-            if pl_module.device.type == "cuda":
+            # a replayed graph allocates nothing: what it holds was seen when it was captured
+            is_replayed = getattr(pl_module, "graphs", None) is not None
+            if pl_module.device.type == "cuda" and not is_replayed:
                 torch.cuda.reset_peak_memory_stats()
             self.watch.mark()
         if batch_idx == config.warmup_steps + config.steps:
