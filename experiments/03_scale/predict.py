@@ -1,13 +1,11 @@
 """Predict the configurations of `configurations.csv`; writes `predictions.csv` beside it.
 
-    python experiments/03_scale/predict.py          # on H200s
-    python experiments/03_scale/predict.py h100     # of conf/hardware: predictions_h100.csv
+    python experiments/03_scale/predict.py
 
 Nothing is measured here: the file is committed before anybody measures.
 """
 
 import csv
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +52,8 @@ def step_of(row: dict[str, str]) -> StepConfig:
 
 def main() -> None:
     """Write a row of figures for each configuration."""
-    name = sys.argv[1] if len(sys.argv) > 1 else "h200"
-    estimator, hardware = Estimator(), Hardware(**read("hardware", name))
+    estimator = Estimator()
+    hardware = Hardware(**read("hardware", "h200"))
     with (HERE / "configurations.csv").open() as file:
         rows = list(csv.DictReader(file))
     for row in rows:
@@ -64,8 +62,7 @@ def main() -> None:
         row["predicted_peak_memory_gib"] = f"{made.peak_bytes / GIB:.2f}"
         row["predicted_tflops_per_gpu"] = f"{made.tflops_per_gpu:.0f}"
         row["predicted_mfu"] = f"{made.mfu:.3f}"
-    path = HERE / ("predictions.csv" if name == "h200" else f"predictions_{name}.csv")
-    with path.open("w", newline="") as file:
+    with (HERE / "predictions.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
