@@ -128,6 +128,6 @@ def entropy_entries(entropies: Sequence[float]) -> dict[str, tuple[str, Any, str
 
 
 def draw_entropies(axes: Axes, entropies: Sequence[float]) -> None:
-    """The losses of models that know character frequencies only, as dotted lines."""
+    """The losses of models that know token frequencies only, as dotted lines."""
     for entropy in entropies:
         axes.axhline(entropy, color=INK, linestyle=ENTROPY_DASHES, linewidth=1.2, zorder=2.5)

@@ -69,7 +69,7 @@ def _notes(section: Section, shows_diverged: bool) -> list[str]:
         said = " to ".join(f"{value:.2f}" for value in dict.fromkeys((entropies[0], entropies[-1])))
         notes.append(
             f"unigram entropy of the held-out text: {said} nats. "
-            "A model at or above this has learnt nothing but character frequencies"
+            "A model at or above this has learnt nothing but how frequent each token is"
         )
     if any(section.best(metric) for metric in section.main_metrics):
         close = [m for m in section.main_metrics if section.is_close(m)]
