@@ -335,8 +335,11 @@ def finetune(
         log_layer_norms=job.trainer.log_layer_norms,
         max_skipped_steps=job.trainer.max_skipped_steps,
         compile=job.trainer.compile,
-        # a model of transformers may wait for the device anywhere
-        cuda_graphs=job.trainer.cuda_graphs and isinstance(job.source, PretrainedBert),
+        # a model of transformers may wait for the device anywhere; replaying a task's many shapes
+        # of batch has been tried on one GPU
+        cuda_graphs=job.trainer.cuda_graphs
+        and isinstance(job.source, PretrainedBert)
+        and job.parallel.world_size == 1,
     )
     checkpoint = newest_checkpoint(directory)
     if checkpoint is not None:
