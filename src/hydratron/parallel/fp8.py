@@ -1,7 +1,7 @@
 """Matrix products in 8-bit floats with one dynamic scale a row (Micikevicius et al. 2022).
 
 Every operand is e4m3 with a scale of its own for each row of what is summed over, so that one
-large value costs only its own row its small ones, and finding the scale and applying it is one
+large value costs the small ones of its own row alone, and finding the scale and applying it is one
 pass of a kernel. Scales are powers of two: applying them rounds nothing. Results have the input's
 dtype. A weight's gradient, a sum over the tokens, is multiplied in the input's dtype: in 8 bits it
 needs both operands transposed, which took longer than it won (22 % of a GPT-2 step on an H200).
@@ -31,7 +31,10 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def multiply(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return a @ b^T + bias for a [M, K], b [N, K] and bias [N], in a's dtype."""
+    """Return a @ b^T + bias for a [M, K], b [N, K] and bias [N], in a's dtype.
+
+    A GPU sums in fewer bits than float32 has.
+    """
     (a8, a_factor), (b8, b_factor) = quantise(a), quantise(b)
     return torch._scaled_mm(
         a8,
