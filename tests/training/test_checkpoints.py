@@ -217,3 +217,27 @@ def test_a_failed_background_save_stops_the_run(
     with pytest.raises(CheckpointError, match=r"saving .*step-4 failed"):
         trainer.fit(module, datamodule=data)
     assert newest_checkpoint(tmp_path / "checkpoints") is None
+
+
+@pytest.mark.parametrize(
+    ("raised", "seen"),
+    [
+        (KeyboardInterrupt(), SystemExit),  # Lightning makes an exit of an interrupt
+        (OSError("No space left on device"), CheckpointError),
+    ],
+)
+def test_a_save_that_is_interrupted_or_fails_says_which(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: BaseException, seen: type
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise raised
+
+    monkeypatch.setattr(dcp.FileSystemWriter, "write_data", fail)
+    trainer, module, data, _ = job(tmp_path, 1, 1, torch.float32, False, SAVED).build()
+    with pytest.raises(seen) as caught:
+        trainer.fit(module, datamodule=data)
+    if seen is CheckpointError:
+        assert str(caught.value).endswith("step-4 failed: No space left on device")
+    else:
+        assert isinstance(caught.value.__context__, KeyboardInterrupt)
+    assert newest_checkpoint(tmp_path / "checkpoints") is None

@@ -184,6 +184,9 @@ def save_checkpoint(
 
     With `background`, the tensors are copied to the CPU and written by a thread while training goes
     on; the checkpoint gets its name when the returned save is finished.
+
+    Raises:
+        CheckpointError: the tensors could not be written, with the reason.
     """
     rank, world_size = _rank_and_world_size()
     temporary = directory.with_name(directory.name + ".tmp")
@@ -207,7 +210,7 @@ def save_checkpoint(
         )
         assert isinstance(future, Future)
         return PendingSave(temporary, directory, future)
-    dcp.save(tensors, checkpoint_id=temporary)
+    _write(tensors, temporary, directory)
     if world_size > 1:
         dist.barrier()  # every rank has written its random state
     if rank == 0:
@@ -215,6 +218,17 @@ def save_checkpoint(
     if world_size > 1:
         dist.barrier()
     return None
+
+
+def _write(tensors: dict[str, Any], temporary: Path, directory: Path) -> None:
+    """Write the tensors; what torch wraps comes out as what it is, Ctrl-C too."""
+    try:
+        dcp.save(tensors, checkpoint_id=temporary)
+    except dcp.CheckpointException as error:
+        causes = [cause for cause, _ in error.failures.values()]
+        if any(isinstance(cause, KeyboardInterrupt) for cause in causes):
+            raise KeyboardInterrupt from error
+        raise CheckpointError(f"saving {directory} failed: {causes[0]}") from error
 
 
 def _publish(temporary: Path, directory: Path) -> None:
