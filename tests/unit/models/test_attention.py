@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from hydratron.models import attention
 from hydratron.models.attention import attend, segment_starts, takes_segments
 
 LENGTHS = [5, 8, 1]
@@ -47,7 +46,7 @@ def test_segments_are_for_what_the_kernel_computes(
     dtype: torch.dtype,
     expected: bool,
 ) -> None:
-    monkeypatch.setattr(attention, "compute_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert takes_segments(torch.empty(2, 3, 1, head_dim, dtype=dtype)) is expected
 
 
