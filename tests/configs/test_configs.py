@@ -85,6 +85,22 @@ def test_every_experiment_composes_with_every_family(name: str, family: str) -> 
 
 
 @pytest.mark.parametrize(
+    ("arguments", "family", "gpus"),
+    [
+        (["experiment=table4"], "gpt2", 1),
+        (["experiment=figure2"], "bert", 4),
+        (["experiment=figure2", "model=gpt2", "size=8.3b"], "gpt2", 8),
+    ],
+)
+def test_what_the_benchmark_s_experiments_time(
+    arguments: list[str], family: str, gpus: int
+) -> None:
+    made = instantiate(compose("benchmark", arguments))
+    assert made["model"].family == family
+    assert made["parallel"].world_size == gpus
+
+
+@pytest.mark.parametrize(
     ("name", "tensor", "gpus", "batch", "lr", "warmup", "steps", "parameters"),
     [
         ("megatron_bert_336m", 1, 128, 1024, 1e-4, 10_000, 2_000_000, 336_297_858),

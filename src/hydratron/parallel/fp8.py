@@ -1,10 +1,11 @@
-"""Matrix products in 8-bit floats with one dynamic scale a row (Micikevicius et al. 2022).
+"""Matrix products in 8-bit floats (Micikevicius et al. 2022) with one dynamic scale a row.
 
-Every operand is e4m3 with a scale of its own for each row of what is summed over, so that one
+Every operand is e4m3, and each of its rows, along which is summed, has a scale of its own: one
 large value costs the small ones of its own row alone, and finding the scale and applying it is one
-pass of a kernel. Scales are powers of two: applying them rounds nothing. Results have the input's
-dtype. A weight's gradient, a sum over the tokens, is multiplied in the input's dtype: in 8 bits it
-needs both operands transposed, which took longer than it won (22 % of a GPT-2 step on an H200).
+kernel. torchao has the same recipe (`rowwise_with_gw_hp`). Scales are powers of two: applying them
+rounds nothing. Results have the input's dtype. A weight's gradient, a sum over the tokens, is
+multiplied in the input's dtype: in 8 bits it needs both operands transposed, which took longer than
+it won (22 % of a GPT-2 step on an H200).
 Letters: T tokens, I input features, O output features.
 """
 
@@ -69,7 +70,7 @@ class _Linear(torch.autograd.Function):
 
 
 def fp8_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [T, I] times weight [O, I] transposed, in 8 bits; the bias is added in x's dtype.
+    """x [T, I] times weight [O, I] transposed, in 8 bits, plus the bias, rounded to x's dtype.
 
     Raises:
         ValueError: T, I or O does not divide by 16.

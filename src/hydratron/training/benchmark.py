@@ -129,7 +129,7 @@ class StepTimer(Callback):
     ) -> None:
         config = self.config
         if batch_idx == config.warmup_steps:
-            # a replayed graph allocates nothing: what it holds was seen when it was captured
+            # a replayed graph allocates nothing: the peak is that of the steps before
             is_replayed = getattr(pl_module, "graphs", None) is not None
             if pl_module.device.type == "cuda" and not is_replayed:
                 torch.cuda.reset_peak_memory_stats()
@@ -151,7 +151,9 @@ class StepTimer(Callback):
         if batch_idx == config.total_steps - 1:
             self.last_batch = batch
             self._read_profile()
-            if config.bare_loop and trainer.precision != "16-mixed":
+            # launched kernel by kernel, a bare loop says nothing of what replayed steps cost
+            is_launched = getattr(pl_module, "graphs", None) is None
+            if config.bare_loop and is_launched and trainer.precision != "16-mixed":
                 assert isinstance(pl_module, TrainingModule)
                 self._time_bare_loop(trainer, pl_module, batch)
 

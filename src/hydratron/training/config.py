@@ -42,7 +42,7 @@ class TrainerConfig:
     `log_layer_norms` adds each layer's gradient norm to the logged rows. `async_checkpoints` saves
     in a thread while training goes on. A run in which more than `max_skipped_steps` steps had a
     non-finite loss or gradient stops. `cuda_graphs` replays steps of our own networks where one
-    replica computes them.
+    replica computes them, in finetuning where one GPU does.
 
     Raises:
         ValueError: a value that cannot be, by name and rule.

@@ -60,8 +60,6 @@ class StepGraphs:
         return found
 
     def _capture(self, batch: Batch) -> tuple[torch.cuda.CUDAGraph, Batch, Any]:
-        if torch.cuda.mem_get_info()[0] < torch.cuda.memory_reserved():
-            torch.cuda.empty_cache()  # a graph has memory of its own, and cannot free any
         inputs = {name: column.clone() for name, column in batch.items()}
         graph = torch.cuda.CUDAGraph()
         for generator in self.generators:
