@@ -219,13 +219,23 @@ def test_a_failed_background_save_stops_the_run(
     assert newest_checkpoint(tmp_path / "checkpoints") is None
 
 
-@pytest.mark.parametrize(
-    ("raised", "seen"),
-    [
-        (KeyboardInterrupt(), SystemExit),  # Lightning makes an exit of an interrupt
-        (OSError("No space left on device"), CheckpointError),
-    ],
-)
+INTERRUPTED_OR_FAILED = [
+    (KeyboardInterrupt(), SystemExit),  # Lightning makes an exit of an interrupt
+    (OSError("the disk is gone"), CheckpointError),
+]
+
+
+def fit_fails_as(seen: type, said: str, run_dir: Path, **resumed: Any) -> None:
+    trainer, module, data, _ = job(run_dir, 1, 1, torch.float32, False, SAVED).build()
+    with pytest.raises(seen) as caught:
+        trainer.fit(module, datamodule=data, **resumed)
+    if seen is CheckpointError:
+        assert str(caught.value) == f"{said} failed: the disk is gone"
+    else:
+        assert isinstance(caught.value.__context__, KeyboardInterrupt)
+
+
+@pytest.mark.parametrize(("raised", "seen"), INTERRUPTED_OR_FAILED)
 def test_a_save_that_is_interrupted_or_fails_says_which(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: BaseException, seen: type
 ) -> None:
@@ -233,11 +243,18 @@ def test_a_save_that_is_interrupted_or_fails_says_which(
         raise raised
 
     monkeypatch.setattr(dcp.FileSystemWriter, "write_data", fail)
-    trainer, module, data, _ = job(tmp_path, 1, 1, torch.float32, False, SAVED).build()
-    with pytest.raises(seen) as caught:
-        trainer.fit(module, datamodule=data)
-    if seen is CheckpointError:
-        assert str(caught.value).endswith("step-4 failed: No space left on device")
-    else:
-        assert isinstance(caught.value.__context__, KeyboardInterrupt)
+    fit_fails_as(seen, f"saving {tmp_path / 'checkpoints/step-4'}", tmp_path)
     assert newest_checkpoint(tmp_path / "checkpoints") is None
+
+
+@pytest.mark.parametrize(("raised", "seen"), INTERRUPTED_OR_FAILED)
+def test_a_load_that_is_interrupted_or_fails_says_which(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: BaseException, seen: type
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise raised
+
+    train(0, 1, tmp_path, 1, 1, torch.float32, False, SAVED)
+    monkeypatch.setattr(dcp.FileSystemReader, "read_data", fail)
+    newest = newest_checkpoint(tmp_path / "checkpoints")
+    fit_fails_as(seen, f"loading {newest}", tmp_path, ckpt_path=newest)

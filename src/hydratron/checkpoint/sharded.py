@@ -8,8 +8,9 @@ is complete. It holds `.metadata` and `__*.distcp` (tensors), `loops.pt` (plain 
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,24 @@ NAME_PREFIX = "step-"
 
 
 class CheckpointError(ValueError):
-    """A directory is no complete checkpoint, or one of another model."""
+    """No complete checkpoint, or one of another model, or one that cannot be read or written."""
+
+
+@contextmanager
+def _explained(action: str) -> Iterator[None]:
+    """What fails in torch's saving and loading is a CheckpointError of one line, Ctrl-C is itself.
+
+    torch wraps whatever it catches there, an interrupt too.
+    """
+    try:
+        yield
+    except dcp.CheckpointException as error:
+        causes = [cause for cause, _ in error.failures.values()]
+        if any(isinstance(cause, KeyboardInterrupt) for cause in causes):
+            raise KeyboardInterrupt from error
+        raise CheckpointError(f"{action} failed: {causes[0]}") from error
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{action} failed: {error}") from error
 
 
 def _global(
@@ -134,10 +152,8 @@ class PendingSave:
         Raises:
             CheckpointError: the save failed, with the reason.
         """
-        try:
+        with _explained(f"saving {self.directory}"):
             self.future.result()
-        except (OSError, RuntimeError, dcp.CheckpointException) as error:
-            raise CheckpointError(f"saving {self.directory} failed: {error}") from error
         if _rank_and_world_size()[0] == 0:
             _publish(self.temporary, self.directory)
 
@@ -210,7 +226,8 @@ def save_checkpoint(
         )
         assert isinstance(future, Future)
         return PendingSave(temporary, directory, future)
-    _write(tensors, temporary, directory)
+    with _explained(f"saving {directory}"):
+        dcp.save(tensors, checkpoint_id=temporary)
     if world_size > 1:
         dist.barrier()  # every rank has written its random state
     if rank == 0:
@@ -218,17 +235,6 @@ def save_checkpoint(
     if world_size > 1:
         dist.barrier()
     return None
-
-
-def _write(tensors: dict[str, Any], temporary: Path, directory: Path) -> None:
-    """Write the tensors; what torch wraps comes out as what it is, Ctrl-C too."""
-    try:
-        dcp.save(tensors, checkpoint_id=temporary)
-    except dcp.CheckpointException as error:
-        causes = [cause for cause, _ in error.failures.values()]
-        if any(isinstance(cause, KeyboardInterrupt) for cause in causes):
-            raise KeyboardInterrupt from error
-        raise CheckpointError(f"saving {directory} failed: {causes[0]}") from error
 
 
 def _publish(temporary: Path, directory: Path) -> None:
@@ -260,7 +266,7 @@ def load_checkpoint(
     for index, optimizer in enumerate(optimizers):
         _initialize_optimizer(optimizer)
         state = global_optimizer_state(network, optimizer, mesh)
-        dcp.load({f"optimizer_{index}": state}, checkpoint_id=directory)
+        _load({f"optimizer_{index}": state}, directory)
         stored = loop_state["hyperparameters"][index]
         for group, values in zip(optimizer.param_groups, stored, strict=True):
             group.update(values)
@@ -301,7 +307,12 @@ def load_model(directory: Path, network: nn.Module, mesh: ParallelMesh) -> None:
                 f"checkpoint {directory} is of another model: {name} needs"
                 f" {list(parameter.shape)} and it holds {found}"
             )
-    dcp.load({"model": parameters}, checkpoint_id=directory)
+    _load({"model": parameters}, directory)
+
+
+def _load(tensors: dict[str, Any], directory: Path) -> None:
+    with _explained(f"loading {directory}"):
+        dcp.load(tensors, checkpoint_id=directory)
 
 
 def newest_checkpoint(directory: Path) -> Path | None:
