@@ -13,7 +13,6 @@ HERE = Path(__file__).parent
 KEYS = ("model", "size", "layernorm", "tensor_parallel_size", "data_parallel_size", "batch")
 KEYS += ("recompute", "seq_len")
 PREDICTED_PRECISION = "bf16-mixed"
-NOT_PREDICTED = "parallel.interleave=true"
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -29,7 +28,7 @@ def join(predictions: list[dict[str, str]], results: list[dict[str, str]]) -> li
     for result in results:
         prediction = known.get(tuple(result[key] for key in KEYS))
         is_ours = result["implementation"] == "hydratron"
-        is_plain = NOT_PREDICTED not in result["command"]
+        is_plain = result["interleave"] == "False"
         is_alike = is_ours and is_plain and result["precision"] == PREDICTED_PRECISION
         if prediction is None or not is_alike:
             continue

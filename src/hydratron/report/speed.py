@@ -19,7 +19,11 @@ SETTINGS = {
     "precision": "trainer.precision",
     "recompute": "model.recompute",
     "dropout": "model.hidden_dropout",
+    "cuda_graphs": "trainer.cuda_graphs",
+    "interleave": "parallel.interleave",
 }
+# How our kernels are launched, where not one by one in the layers' order; a peer's always are.
+LAUNCHING = ("cuda_graphs", "interleave")
 RATES = (
     "step_ms",
     "step_ms_low",
@@ -39,6 +43,7 @@ SHAPE = (
     "layernorm",
     "precision",
     "recompute",
+    *LAUNCHING,
     "tensor_parallel_size",
     "data_parallel_size",
     "batch",
@@ -59,7 +64,8 @@ def speed_rows(run: Run) -> list[Row]:
     for prefix, name in (("perf", OURS), ("peer", peer)):
         found = {key: run.result.get(f"{prefix}/{key}") for key in RATES}
         if found["step_ms"] is not None:
-            rows.append(shape | {"implementation": name} | found)
+            launching = {} if name == OURS else dict.fromkeys(LAUNCHING, False)
+            rows.append(shape | launching | {"implementation": name} | found)
     settings = " ".join(f"{key}={value}" for key, value in run.overrides.items())
     for row in rows:
         row |= {"device": run.result.get("device"), "commit": run.result.get("git_commit")}
@@ -112,7 +118,12 @@ def _name(row: Row) -> str:
     name = f"{row['model']} {row['size']} {row['layernorm']}, {row['precision']}"
     if row["recompute"] != "none":
         name += f", recompute {row['recompute']}"
+    name += _launching(row)
     return name if row["implementation"] == OURS else f"{row['implementation']}: {name}"
+
+
+def _launching(row: Row) -> str:
+    return "".join(f", {key}" for key in LAUNCHING if row[key])
 
 
 def _grid(row: Row) -> str:
@@ -181,7 +192,8 @@ def _scaling(rows: Sequence[Row]) -> list[Table]:
         for row in part:
             scaling = weak_scaling(row, first)
             shares = (scaling.flops, scaling.parameters, scaling.time)
-            cells.append([row["size"], _grid(row), *(f"{100 * share:.1f}" for share in shares)])
+            name = f"{row['size']}{_launching(row)}"
+            cells.append([name, _grid(row), *(f"{100 * share:.1f}" for share in shares)])
         columns = ["size", "TP x DP", "by TFLOP/s (%)", "by parameters (%)", "by step time (%)"]
         tables.append(Table(f"benchmark: weak scaling, {model} {precision}", columns, cells))
     return tables

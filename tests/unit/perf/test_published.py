@@ -16,6 +16,7 @@ def test_measured_steps_are_put_beside_their_predictions(monkeypatch: pytest.Mon
     measured = {key: guess[key] for key in compare.KEYS} | {
         "implementation": "hydratron",
         "precision": "bf16-mixed",
+        "interleave": "False",
         "step_ms": str(float(guess["predicted_step_ms"]) / 1.1),
         "peak_memory_gib": guess["predicted_peak_memory_gib"],
         "commit": "1a2b3c4",
@@ -23,7 +24,7 @@ def test_measured_steps_are_put_beside_their_predictions(monkeypatch: pytest.Mon
     }
     peer = measured | {"implementation": "transformers"}
     other = measured | {"batch": "7"}
-    interleaved = measured | {"command": "hydratron benchmark parallel.interleave=true"}
+    interleaved = measured | {"interleave": "True"}
     not_predicted = [peer, other, interleaved, measured | {"precision": "fp8"}]
     (row,) = compare.join(predictions, [measured, *not_predicted])
     assert row["step_ms_error_percent"] == "+10.0"

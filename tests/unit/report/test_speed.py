@@ -100,3 +100,17 @@ def test_a_benchmark_that_failed_has_no_rows(writer) -> None:
     assert section_rows(section) == []
     assert len(section_tables(section)) == 1
     assert len(seed_table(section).rows) == 4
+
+
+def test_how_kernels_are_launched_tells_steps_apart(writer) -> None:
+    settings = {"trainer.precision": "bf16-mixed", "model.recompute": "none"}
+    one = measured("1b", gpus=1, step_ms=200.0, tflops=400.0)
+    writer.run("0", {"size": "1b"} | settings, result=one)
+    launched = {"trainer.cuda_graphs": "true", "parallel.interleave": "true"}
+    two = measured("2b", gpus=2, step_ms=210.0, tflops=380.0)
+    writer.run("1", {"size": "2b"} | settings | launched, result=two)
+    (section,) = split_sections(load_runs([writer.root]))
+    assert [row["cuda_graphs"] for row in section_rows(section)] == [None, True]
+    steps, _, scaling = section_tables(section)
+    assert steps.rows[1][0] == "gpt2 2b pre, bf16-mixed, cuda_graphs, interleave"
+    assert [row[0] for row in scaling.rows] == ["1b", "2b, cuda_graphs, interleave"]
