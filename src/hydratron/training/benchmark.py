@@ -109,6 +109,11 @@ def peak_memory(device: torch.device) -> dict[str, float]:
     return {"peak_memory_gib": torch.cuda.max_memory_allocated(device) / GIB}
 
 
+def is_replayed(module: LightningModule) -> bool:
+    """Whether the steps of `module` are CUDA graphs by now."""
+    return isinstance(module, TrainingModule) and module.graphs is not None
+
+
 class StepTimer(Callback):
     """Times, then profiles the Trainer's steps; `metrics` holds what was found.
 
@@ -130,8 +135,7 @@ class StepTimer(Callback):
         config = self.config
         if batch_idx == config.warmup_steps:
             # a replayed graph allocates nothing: the peak is that of the steps before
-            is_replayed = getattr(pl_module, "graphs", None) is not None
-            if pl_module.device.type == "cuda" and not is_replayed:
+            if pl_module.device.type == "cuda" and not is_replayed(pl_module):
                 torch.cuda.reset_peak_memory_stats()
             self.watch.mark()
         if batch_idx == config.warmup_steps + config.steps:
@@ -152,8 +156,8 @@ class StepTimer(Callback):
             self.last_batch = batch
             self._read_profile()
             # launched kernel by kernel, a bare loop says nothing of what replayed steps cost
-            is_launched = getattr(pl_module, "graphs", None) is None
-            if config.bare_loop and is_launched and trainer.precision != "16-mixed":
+            has_like = not is_replayed(pl_module) and trainer.precision != "16-mixed"
+            if config.bare_loop and has_like:
                 assert isinstance(pl_module, TrainingModule)
                 self._time_bare_loop(trainer, pl_module, batch)
 
