@@ -49,6 +49,9 @@ def result_row(run: Run) -> dict[str, Any]:
     row: dict[str, Any] = {}
     for key in (*KEPT, *filter(SCORE.search, run.result)):
         row[key] = run.final(key) if "/" in key else run.result.get(key)
+    row["status"] = run.status
+    if not run.result:  # killed after its last step, before it could write one
+        row |= {"steps": run.metrics.index.max(), "tokens": run.final("train/tokens")}
     pace = run.series("perf/step_ms")
     if len(pace):
         num_steps = pd.Series(pace.index, pace.index).diff().fillna(pace.index[0])

@@ -57,11 +57,17 @@ class Layout:
 
     @cached_property
     def panels(self) -> list[tuple[Any, Any]]:
-        """The (row, column) values of the panels, row by row."""
+        """The (row, column) values of the panels, row by row.
+
+        Where every column was run with one value of the row's key, these are one row.
+        """
         rows, columns = (
             order_values(self.section.runs, key) if key else [None]
             for key in (self.row, self.column)
         )
+        found = {self._place(group) for group in self.section.groups}
+        if len(found) == len(columns):
+            return sorted(found, key=lambda place: columns.index(place[1]))
         return [(row, column) for row in rows for column in columns]
 
     @cached_property
@@ -69,13 +75,16 @@ class Layout:
         """Rows and columns of the grid; a long single row of panels is folded."""
         panels = self.panels
         columns = len({column for _, column in panels})
-        if self.row is None:
+        if columns == len(panels):
             columns = min(columns, MAX_PANELS_IN_ROW)
         return math.ceil(len(panels) / columns), columns
 
-    def panel_of(self, group: Group) -> int:
+    def _place(self, group: Group) -> tuple[Any, Any]:
         row, column = (group.values[key] if key else None for key in (self.row, self.column))
-        return self.panels.index((row, column))
+        return row, column
+
+    def panel_of(self, group: Group) -> int:
+        return self.panels.index(self._place(group))
 
     def label(self, group: Group) -> str:
         """The group's name within its panel."""

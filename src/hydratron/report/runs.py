@@ -23,6 +23,14 @@ NEVER_SWEPT = frozenset({"seed", "resume", "logger"})
 # Facts of result.json that tell runs apart even where no override names them (other experiment
 # files).
 RESULT_KEYS = ("model", "size", "layernorm", "tensor_parallel_size", "data_parallel_size")
+# How a loss or a score was computed, not what it is of: shown only where nothing else differs.
+COMPUTE_KEYS = (
+    "trainer.log_every",
+    "trainer.checkpoint_every",
+    "trainer.async_checkpoints",
+    "data.num_workers",
+    "data.micro_batch_size",
+)
 KEY_ORDER = ("task", "model", "size", "model.num_layers", "layernorm", "optimizer.lr")
 
 
@@ -349,11 +357,16 @@ def load_runs(directories: Sequence[Path]) -> Collection:
     return Collection(list(runs.values()), list(sweeps.values()))
 
 
+def _count_groups(runs: Sequence[Run], keys: Sequence[str]) -> int:
+    return len({tuple(run.value(key) for key in keys) for run in runs})
+
+
 def find_swept_keys(runs: Sequence[Run]) -> list[str]:
     """The keys whose values differ between runs, never `seed`, in the order a table shows them.
 
     A fact of result.json (model, size, ...) joins only if it tells apart runs that the overrides do
-    not.
+    not. What only says how it was computed is left out where other keys tell the runs apart, unless
+    their speed is the question.
     """
     named = {key for run in runs for key in run.overrides} - NEVER_SWEPT
     keys = sorted(key for key in named if len({run.value(key) for run in runs}) > 1)
@@ -362,4 +375,9 @@ def find_swept_keys(runs: Sequence[Run]) -> list[str]:
         split = {tuple(run.value(name) for name in (*keys, key)) for run in runs if run.result}
         if key not in keys and len(split) > len(groups):
             keys.append(key)
+    if all(run.command != "benchmark" for run in runs):
+        for key in COMPUTE_KEYS:
+            others = [name for name in keys if name != key]
+            if _count_groups(runs, others) == _count_groups(runs, keys):
+                keys = others
     return sorted(keys, key=lambda key: (KEY_ORDER.index(key) if key in KEY_ORDER else 99, key))

@@ -60,6 +60,15 @@ def test_depth_and_learning_rate_get_a_divergence_map_and_loss_by_size(writer, t
     assert layout.shape == (2, 2)
 
 
+def test_sizes_of_different_lengths_get_a_panel_each_and_none_that_was_never_run(writer):
+    for (size, steps), placement in product((("336m", 1000), ("752m", 300)), ("pre", "post")):
+        overrides = {"size": size, "trainer.max_steps": steps, "layernorm": placement}
+        writer.run(f"{size}{placement}", overrides, result={})
+    layout = assign_keys(section_of(writer))
+    assert layout.panels == [(1000, "336m"), (300, "752m")]
+    assert (layout.shape, layout.lines) == ((1, 2), ["layernorm"])
+
+
 def test_against_the_seed_losses_by_size_get_their_power_law(writer, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(curves, "save_figure", lambda *a: (drawn.append(a[0]), save_figure(*a))[1])

@@ -63,6 +63,25 @@ def test_a_fact_of_the_result_is_a_key_only_where_no_override_tells_runs_apart(w
     assert find_swept_keys(load_runs([writer.root]).runs) == ["layernorm", "experiment"]
 
 
+def test_how_a_loss_was_computed_is_a_key_only_where_nothing_else_differs(writer):
+    sizes = [("336m", "64", "pre"), ("752m", "32", "pre"), ("752m", "32", "post")]
+    for index, (size, micro, placement) in enumerate(sizes):
+        swept = {"size": size, "data.micro_batch_size": micro, "layernorm": placement}
+        writer.run(str(index), swept, result={})
+    assert find_swept_keys(load_runs([writer.root]).runs) == ["size", "layernorm"]
+    writer.run("3", swept | {"data.micro_batch_size": "16"}, result={})
+    keys = ["size", "layernorm", "data.micro_batch_size"]
+    assert find_swept_keys(load_runs([writer.root]).runs) == keys
+
+
+def test_a_benchmark_s_micro_batch_is_a_key_beside_its_size(writer):
+    for size, micro in (("336m", "64"), ("752m", "32")):
+        swept = {"size": size, "data.micro_batch_size": micro}
+        writer.run(size, swept, result={"command": "benchmark"})
+    keys = ["size", "data.micro_batch_size"]
+    assert find_swept_keys(load_runs([writer.root]).runs) == keys
+
+
 def test_a_partial_sweep_names_its_missing_jobs(ablation):
     sweep = ablation.root / "sweep"
     for job in ("1", "6"):  # one never started, one was killed
