@@ -32,6 +32,11 @@ def prepare(config: Mapping[str, Any]) -> BenchmarkJob:
     timing = build(TimingConfig, config["timing"], name="timing")
     steps = {"max_steps": timing.total_steps, "log_every": timing.total_steps + 1}
     job = pretrain.prepare(dict(config) | {"trainer": config["trainer"] | steps})
+    if job.trainer.cuda_graphs and timing.warmup_steps < 2:
+        raise ValueError(
+            f"timing.warmup_steps {timing.warmup_steps} is not at least 2: with "
+            "trainer.cuda_graphs the second step is the one that is captured"
+        )
     if timing.peer and job.parallel.world_size > 1:
         raise ValueError(f"timing.peer {timing.peer} runs on one device: it needs parallel=single")
     return BenchmarkJob(job, timing)

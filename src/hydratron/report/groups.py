@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from hydratron.report.protocols import drop_repeated
 from hydratron.report.runs import Collection, Run, find_swept_keys
 
 UNIGRAM_ENTROPY = "val/unigram_entropy"
@@ -253,11 +254,12 @@ def group_runs(runs: Sequence[Run], command: str) -> Section:
 
 def split_sections(collection: Collection) -> list[Section]:
     """One section for each command that was run: a pretraining loss and a finetuning score share no
-    table.
+    table. A run that a protocol made twice counts once.
     """
-    commands = dict.fromkeys(run.command for run in collection.runs if run.result.get("command"))
+    runs = drop_repeated(collection.runs)
+    commands = dict.fromkeys(run.command for run in runs if run.result.get("command"))
     default = next(iter(commands), "pretrain")  # what a job without a result yet most likely is
     named: dict[str, list[Run]] = {}
-    for run in collection.runs:
+    for run in runs:
         named.setdefault(run.result.get("command") or default, []).append(run)
     return [group_runs(runs, command) for command, runs in named.items()]

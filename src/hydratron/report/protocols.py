@@ -31,6 +31,20 @@ def protocol_directory(run: Run) -> Path | None:
     return directory if (directory / SUMMARY).is_file() else None
 
 
+def drop_repeated(runs: Sequence[Run]) -> list[Run]:
+    """`runs` without the one of a protocol's grid that its seeds repeat, seed and settings."""
+    seeds = [
+        (directory, run.overrides)
+        for run in runs
+        if (directory := protocol_directory(run)) and run.path.parent.name == "seeds"
+    ]
+    return [
+        run
+        for run in runs
+        if run.path.parent.name != "grid" or (protocol_directory(run), run.overrides) not in seeds
+    ]
+
+
 def find_protocols(runs: Sequence[Run]) -> list[ProtocolScores]:
     """The finished protocols that `runs` belong to, in their order, each once."""
     found: dict[Path, ProtocolScores] = {}

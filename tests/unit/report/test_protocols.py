@@ -38,6 +38,16 @@ def test_medians_and_ensembles_of_protocols_stand_in_rows_of_their_model(writer)
     assert ours(writer.root / "a/seeds", writer.root / "b/seeds") == expected
 
 
+def test_a_run_that_grid_and_seeds_share_counts_once(writer):
+    scores = {"val/accuracy": 0.4}
+    write_protocol(writer, "a", "race", scores, ensemble=scores)
+    other = {"task": "race", "checkpoint": "outputs/big", "seed": "0", "optimizer.lr": "1e-5"}
+    writer.run("a/grid/1", other, result={"command": "finetune", "val/accuracy": 0.1})
+    (section,) = split_sections(load_runs([writer.root]))
+    paths = [str(run.path.relative_to(writer.root)) for run in section.runs]
+    assert sorted(paths) == ["a/grid/1", "a/seeds/0", "a/seeds/1"]
+
+
 def test_two_protocols_of_one_model_and_task_are_told_apart(writer):
     for name, score in (("a", 0.4), ("b", 0.5)):
         scores = {"val/accuracy": score}
