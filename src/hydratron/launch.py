@@ -146,6 +146,7 @@ def launch(command: str, config: DictConfig) -> float | None:
         check(job)
         run_children(job, log=None)
     else:
+        forget_outcome(job)
         execute(job)
     return objective(run_dir)
 

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import traceback
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,11 +62,12 @@ def read_result(run_dir: Path) -> dict[str, Any]:
 def note_failure(run_dir: Path, text: str) -> str:
     """Keep the first failure of the job's ranks: peers that it takes down know only a symptom."""
     path = run_dir / FAILURE
-    with contextlib.suppress(FileExistsError), path.open("x") as file:
-        json.dump({"error": text, "trace": traceback.format_exc()}, file)
-    with contextlib.suppress(json.JSONDecodeError):  # another rank is writing it just now
-        text = json.loads(path.read_text())["error"]
-    return text
+    mine = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
+    mine.write_text(json.dumps({"error": text, "trace": traceback.format_exc()}))
+    with contextlib.suppress(FileExistsError):
+        os.link(mine, path)  # whole or not at all, and never over another's
+    mine.unlink()
+    return json.loads(path.read_text())["error"]
 
 
 def completed_result(job: Job, *, returncode: int, duration: float) -> dict[str, Any]:

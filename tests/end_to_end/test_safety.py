@@ -12,6 +12,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from hydratron.checkpoint.sharded import CheckpointError, bytes_per_parameter, check_space
+from hydratron.result import note_failure
 from hydratron.training.callbacks import LossSpikes
 from hydratron.training.module import TrainingModule
 from tests.end_to_end.conftest import TINY, metrics, result
@@ -19,6 +20,7 @@ from tests.end_to_end.conftest import TINY, metrics, result
 
 def test_the_time_limit_saves_and_the_run_is_resumed(in_process, tmp_path: Path) -> None:
     limit = [*TINY[:-1], "trainer.max_steps=100000", "trainer.max_hours=1e-4"]  # 0.36 s
+    limit += ["trainer.val_every=90000"]
     constant = ["optimizer.schedule=constant", "optimizer.warmup_steps=2"]
     done = in_process("pretrain", *limit, *constant, "hydra.run.dir=run")
     assert done.returncode == 143, done.stderr
@@ -27,10 +29,29 @@ def test_the_time_limit_saves_and_the_run_is_resumed(in_process, tmp_path: Path)
     assert (stopped["status"], stopped["stopped_by"]) == ("preempted", "the time limit")
     last = tmp_path / "run/checkpoints/last"
     assert last.resolve().name == f"step-{stopped['steps']}"
+    # the schedule has no validation there, so that a resumed run is the uninterrupted one
+    assert "val/loss" not in metrics(tmp_path / "run").dropna(axis="columns", how="all")
     length = f"trainer.max_steps={stopped['steps'] + 2}"
     done = in_process("pretrain", "resume=run", "trainer.max_hours=null", length)
     assert done.returncode == 0, done.stderr
     assert list(metrics(tmp_path / "run")["step"]) == list(range(1, stopped["steps"] + 3))
+
+
+def test_a_run_that_fails_again_says_why_it_failed_this_time(in_process, tmp_path: Path) -> None:
+    broken = ["optimizer.lr=1e30", "trainer.max_skipped_steps=1", "trainer.checkpoint_every=2"]
+    done = in_process("pretrain", *TINY[:-1], *broken, "trainer.max_steps=50", "hydra.run.dir=run")
+    assert done.returncode == 1, done.stderr
+    assert result(tmp_path / "run")["error"].startswith("2 steps up to step ")
+    done = in_process("pretrain", "resume=run", "trainer.max_skipped_steps=4")
+    assert done.returncode == 1, done.stderr
+    assert result(tmp_path / "run")["error"].startswith("5 steps up to step ")
+
+
+def test_the_first_rank_s_failure_is_kept_whole(tmp_path: Path) -> None:
+    (tmp_path / ".hydra").mkdir()
+    assert note_failure(tmp_path, "the cause") == "the cause"
+    assert note_failure(tmp_path, "a symptom") == "the cause"
+    assert [path.name for path in (tmp_path / ".hydra").iterdir()] == ["failure.json"]
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from hydratron.checkpoint.sharded import CheckpointError, load_loop_state, newest_checkpoint
 from hydratron.parallel.zero import ShardedAdamW
+from hydratron.training.callbacks import StepCheckpoint
+from hydratron.training.strategy import TensorParallelStrategy
 from tests.distributed import run_distributed
 from tests.pretraining import Job
 
@@ -191,6 +194,17 @@ def test_training_goes_on_while_a_save_is_pending(
         "step-10",
         "step-8",
     ]
+
+
+def test_the_best_of_a_finetuning_run_is_not_its_last(tmp_path: Path) -> None:
+    saved = iter((tmp_path / "step-6", tmp_path / "best"))
+    strategy = object.__new__(TensorParallelStrategy)
+    strategy.finish_saving = lambda *, wait: next(saved)
+    trainer: Any = SimpleNamespace(strategy=strategy, is_global_zero=True)
+    callback = StepCheckpoint(tmp_path, every=1)
+    for _ in range(2):
+        callback.publish(trainer, wait=False)
+    assert (tmp_path / "last").readlink() == Path("step-6")
 
 
 def train_in_background(rank: int, world_size: int, run_dir: Path) -> list[float]:

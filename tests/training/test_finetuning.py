@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,14 +16,16 @@ from torch import Tensor
 
 from hydratron.checkpoint.layouts import Head
 from hydratron.checkpoint.source import read_checkpoint, write_model
+from hydratron.commands import convert
 from hydratron.data.glue import GlueTask
 from hydratron.data.tokenizer import load_tokenizer
 from hydratron.models.bert import BertEncoder
 from hydratron.models.config import ModelConfig
 from hydratron.models.heads import Classifier, SpanExtractor, seed_dropout
+from hydratron.parallel.mesh import ParallelMesh
 from hydratron.parallel.placement import reduce_partial_gradients
 from hydratron.training.config import ParallelConfig, TrainerConfig
-from hydratron.training.finetuning import FinetuneJob, PretrainedBert, finetune
+from hydratron.training.finetuning import FinetuneJob, Finetuning, PretrainedBert, finetune
 from hydratron.training.optimisation import OptimizerConfig
 from hydratron.training.task_data import BatchConfig, TaskData
 from hydratron.training.tasks import ClassificationTask, RaceTask, SquadTask, load_scores
@@ -258,10 +261,33 @@ def test_patience_stops_and_keeps_the_best(inputs: Path, tmp_path: Path) -> None
     found = finetune_on(job, tmp_path / "run")
     assert found["steps"] == found["best_step"] + 3 < 40
     assert (tmp_path / "run/checkpoints/best/loops.pt").is_file()
+    last = tmp_path / "run/checkpoints/last"
+    assert last.resolve().name == f"step-{found['steps']}"
+    write_model(tmp_path / "run", job.source.model)
+    given = {"to": "huggingface", "checkpoint": str(tmp_path / "run"), "tokenizer": None}
+    converted = convert.prepare(given | {"output": str(tmp_path / "exported")})
+    assert converted.checkpoint.path.name == "best"  # the one that the scores are of
     scores = load_scores(tmp_path / "run/predictions/validation.safetensors")
     labels = [row["label"] for row in job.data.splits["validation"][0].examples]
     accuracy = np.mean(np.stack(scores["logits"]).argmax(1) == labels)
     assert accuracy == pytest.approx(found["val/accuracy"])
+
+
+def test_a_split_without_labels_gets_predictions_with_patience_too(
+    inputs: Path, tmp_path: Path
+) -> None:
+    job = job_for(inputs, steps=1, task={"patience": 2})
+    (split,) = job.data.splits["validation"]
+    unlabelled = [row | {"label": -1} for row in split.examples]
+    split = dataclasses.replace(split, examples=unlabelled)
+    scoring = Finetuning(job.source, job.data, output=tmp_path)
+    job.data.splits["validation"] = [split]
+    scoring.rows = [{i: {"logits": np.zeros(3)} for i in range(len(unlabelled))}]
+    one_process = SimpleNamespace(
+        mesh=ParallelMesh(), is_global_zero=True, broadcast=lambda found: found
+    )
+    assert scoring.finish_validation(one_process, 0) == {}
+    assert (tmp_path / "validation.tsv").is_file()
 
 
 def test_a_head_of_other_classes_is_refused_unless_a_new_one_is_asked_for(

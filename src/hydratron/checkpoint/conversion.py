@@ -118,7 +118,7 @@ def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
     if task:
         where = task.get("train_path") or "the Hugging Face hub's"
     tokens_per_step = data.get("global_batch_size", 0) * data.get("seq_len", 0)
-    is_final = result.get("steps") == step
+    is_final = result.get("best_step", result.get("steps")) == step
     scores = {
         key: f"{value:.4f}"
         for key, value in result.items()

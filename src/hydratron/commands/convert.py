@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from hydratron.checkpoint.conversion import to_huggingface, to_hydratron
-from hydratron.checkpoint.source import Checkpoint, read_checkpoint
+from hydratron.checkpoint.source import Checkpoint
+from hydratron.commands.tasks import open_checkpoint
 from hydratron.data.tokenizer import PreTrainedTokenizerFast, load_tokenizer
 
 CONVERSIONS = {"huggingface": to_huggingface, "hydratron": to_hydratron}
@@ -32,7 +33,7 @@ def prepare(config: Mapping[str, Any]) -> ConvertJob:
     output = Path(config["output"]).expanduser()
     if output.exists():
         raise ValueError(f"output {output} exists already")
-    checkpoint = read_checkpoint(config["checkpoint"])
+    checkpoint = open_checkpoint(config["checkpoint"])
     name = config["tokenizer"] or checkpoint.tokenizer
     tokenizer = None if name is None else load_tokenizer(str(name))
     if tokenizer is not None:

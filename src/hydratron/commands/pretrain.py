@@ -92,7 +92,8 @@ def train(job: PretrainJob, run_dir: Path, loggers: Sequence[Logger]) -> dict[st
             num_kept=NUM_KEPT if every else 0,
             dtype=job.trainer.parameter_dtype,
         )
-    except CheckpointError as error:
+        entropy = data.unigram_entropy()  # before training: it reads what training may never see
+    except ValueError as error:
         raise InputError(str(error)) from error
     metrics_file = MetricsFile(run_dir)
     note(loggers, num_parameters=size)
@@ -130,5 +131,5 @@ def train(job: PretrainJob, run_dir: Path, loggers: Sequence[Logger]) -> dict[st
         "num_parameters": size,
         "steps": trainer.global_step,
         "tokens": trainer.global_step * data.config.global_batch_size * data.config.seq_len,
-        "val/unigram_entropy": data.unigram_entropy(),
+        "val/unigram_entropy": entropy,
     } | {key: float(value) for key, value in module.last_metrics.items()}

@@ -116,11 +116,7 @@ class BertSamples(Dataset[dict[str, np.ndarray]]):
         split = int(rng.integers(first + 1, last))
         begin, middle, end = (int(index.piece_offsets[piece]) for piece in (first, split, last))
         tokens = self.corpus.tokens(int(index.start[i]), end - begin).astype(np.int64)
-        if tokens.max() >= self.settings.vocab_size:
-            raise ValueError(
-                f"{self.corpus.prefix}: token {tokens.max()} is beyond the tokenizer's "
-                f"{self.settings.vocab_size} entries; the corpus was made with another tokenizer"
-            )
+        self.corpus.check_tokens(tokens, self.settings.vocab_size)
         a, b = tokens[: middle - begin], tokens[middle - begin :]
         swapped = bool(rng.random() < 0.5)
         if swapped:

@@ -15,7 +15,8 @@ from torch.utils.data import Dataset
 
 _LONGEST_PERIOD = 1 << 22  # weights are rounded to multiples of its inverse where they must
 _BLOCK = 1 << 18  # places built at a time
-_ORDINAL_BITS = 24
+_ORDINAL_BITS = 18  # an ordinal is counted within its block
+_MOST_SOURCES = 1 << (32 - _ORDINAL_BITS)
 
 
 class BlendIndex:
@@ -24,13 +25,15 @@ class BlendIndex:
     Among the first n places, each source has its share of n to less than one sample, for every n:
     Tijdeman 1980, "The chairman assignment problem". The order is that of a period, built in blocks
     when one is first needed, kept in `cache_dir` and mapped from there, so that workers and ranks
-    share it. ValueError for weights that are not positive.
+    share it. ValueError for weights that are not positive or more than 16,384.
     """
 
     def __init__(self, weights: Sequence[float], cache_dir: Path) -> None:
+        if len(weights) > _MOST_SOURCES:
+            raise ValueError(f"a blend of {len(weights)} sources is more than {_MOST_SOURCES}")
         self.counts = integer_weights(weights)
         self.period = sum(self.counts)
-        name = hashlib.sha256(repr((1, _BLOCK, self.counts)).encode()).hexdigest()[:16]
+        name = hashlib.sha256(repr((2, _BLOCK, self.counts)).encode()).hexdigest()[:16]
         self.folder = Path(cache_dir) / f"blend-{name}"
         self._blocks: dict[int, tuple[list[int], np.ndarray]] = {}
 
@@ -52,7 +55,7 @@ class BlendIndex:
         return source, round_ * self.counts[source] + before[source] + ordinal
 
     def _block(self, number: int) -> tuple[list[int], np.ndarray]:
-        """Counts before the block, and its places as source << 24 | ordinal in the block."""
+        """Counts before the block, and its places as source and ordinal in the block."""
         if number not in self._blocks:
             path = self.folder / f"{number}.bin"
             if not path.is_file():

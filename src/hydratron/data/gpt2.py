@@ -14,13 +14,22 @@ class Gpt2Samples(Dataset[dict[str, np.ndarray]]):
     An epoch is the documents in a seeded order, each closed by the `eod` token unless it ends with
     it already, cut into windows of seq_len + 1 tokens that advance by seq_len, themselves in a
     seeded order; len() is the windows of an epoch. The tokens of an incomplete last window are left
-    out until another epoch's order. ValueError where the documents do not fill one window.
+    out until another epoch's order. ValueError where the documents do not fill one window, and for
+    a sample with a token beyond `vocab_size`, the tokenizer's entries.
     """
 
     def __init__(
-        self, corpus: IndexedCorpus, documents: np.ndarray, *, seq_len: int, seed: int, eod: int
+        self,
+        corpus: IndexedCorpus,
+        documents: np.ndarray,
+        *,
+        seq_len: int,
+        seed: int,
+        eod: int,
+        vocab_size: int,
     ) -> None:
         self.corpus, self.seq_len, self.seed, self.eod = corpus, seq_len, seed, eod
+        self.vocab_size = vocab_size
         offsets = corpus.document_offsets()
         # Megatron allows documents without tokens
         documents = documents[offsets[documents + 1] > offsets[documents]]
@@ -67,4 +76,5 @@ class Gpt2Samples(Dataset[dict[str, np.ndarray]]):
                 tokens[filled : filled + length] = self.corpus.tokens(start, length)
             filled = int(ends[i]) - position
             i += 1
+        self.corpus.check_tokens(tokens, self.vocab_size)
         return {"input_ids": tokens[:-1], "labels": tokens[1:]}

@@ -243,6 +243,17 @@ class IndexedCorpus:
         """The single tokens at these positions of the file, [n] for int64 [n]; a copy."""
         return self._tokens[positions]
 
+    def check_tokens(self, tokens: np.ndarray, vocab_size: int) -> None:
+        """ValueError where one of `tokens`, read from here, is none of the tokenizer's entries: a
+        split embedding would return zeros for it, and training would go on.
+        """
+        largest = int(tokens.max(initial=0))
+        if largest >= vocab_size:
+            raise ValueError(
+                f"{self.prefix}: token {largest} is beyond the tokenizer's {vocab_size} entries; "
+                "the corpus was made with another tokenizer"
+            )
+
     def document_offsets(self) -> np.ndarray:
         """int64 [num_documents + 1]: first token of each document, then the number of tokens."""
         last = self.num_sequences - 1

@@ -75,7 +75,8 @@ class StepCheckpoint(Checkpoint):
     def publish(self, trainer: Trainer, *, wait: bool) -> None:
         """Let a background save that has ended (with `wait`: any) become a checkpoint."""
         directory = _strategy(trainer).finish_saving(wait=wait)
-        if directory is not None:
+        # the best of a finetuning run is saved beside the steps and is none of them
+        if directory is not None and directory.name.startswith(NAME_PREFIX):
             self._link_and_prune(trainer, directory)
 
     def _link_and_prune(self, trainer: Trainer, newest: Path) -> None:
@@ -207,6 +208,10 @@ class StopOnRequest(Callback):
             self._pending = (work, flag)
         if agreed:
             self.stopped_by, trainer.should_stop = REASONS[agreed], True
+            # Lightning would validate because of it, before the checkpoint, which cannot wait, and
+            # a resumed run would then have validated where the uninterrupted one has not
+            loop = trainer.fit_loop.epoch_loop
+            loop._skip_next_val = not _is_validation_due(trainer)
 
     def _agreed(self) -> int:
         if self._pending is None:
@@ -218,6 +223,14 @@ class StopOnRequest(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._agreed()
         self._pending = None
+
+
+def _is_validation_due(trainer: Trainer) -> bool:
+    """Whether the step that ends now is one of those after which the schedule validates."""
+    loop, every = trainer.fit_loop.epoch_loop, trainer.val_check_batch
+    if trainer.check_val_every_n_epoch is not None:
+        return loop.batch_progress.is_last_batch
+    return isinstance(every, int) and (loop.total_batch_idx + 1) % every == 0
 
 
 def stopped_by(trainer: Trainer) -> str:

@@ -48,7 +48,8 @@ class PretrainingData(LightningDataModule):
         weights, self.tokenizer = self._open_corpus()
         self.corpora = [IndexedCorpus(prefix) for prefix in weights]
         for corpus in self.corpora:
-            self._check_tokens(corpus)
+            first = corpus.tokens(0, min(corpus.num_tokens, 2_000_000))
+            corpus.check_tokens(first, len(self.tokenizer))
         # by each corpus's own documents, so the same ones whatever the weights
         self.splits = [
             split_by_document(corpus.num_documents, holdout=config.holdout, seed=HELD_OUT_SEED)
@@ -104,23 +105,18 @@ class PretrainingData(LightningDataModule):
             )
         return tokenizer
 
-    def _check_tokens(self, corpus: IndexedCorpus) -> None:
-        """A token beyond the vocabulary would train silently on what a split embedding returns."""
-        num_checked = min(corpus.num_tokens, 2_000_000)
-        largest = int(corpus.tokens(0, num_checked).max(initial=0))
-        if largest >= self.model.vocab_size:
-            raise ValueError(
-                f"{corpus.prefix}.bin holds token {largest}, beyond the vocabulary of"
-                f" {self.model.vocab_size}"
-            )
-
     def _samples(
         self, corpus: IndexedCorpus, documents: np.ndarray, seed: int
     ) -> Dataset[dict[str, np.ndarray]]:
         if self.model.family == "gpt2":
             special = special_tokens(self.tokenizer, objective="clm")
             return Gpt2Samples(
-                corpus, documents, seq_len=self.config.seq_len, seed=seed, eod=special.eod
+                corpus,
+                documents,
+                seq_len=self.config.seq_len,
+                seed=seed,
+                eod=special.eod,
+                vocab_size=len(self.tokenizer),
             )
         return BertSamples(corpus, documents, settings=self._bert_settings(seed))
 
@@ -145,6 +141,7 @@ class PretrainingData(LightningDataModule):
         """Nats a token of held-out text costs a model that knows only the training frequencies.
 
         Every kind of token counts once more than seen, so that an unseen one costs a finite amount.
+        ValueError for a token that is none of the tokenizer's.
         """
         size = len(self.tokenizer)
         train, held_out = np.ones(size, np.int64), np.zeros(size, np.int64)
@@ -159,7 +156,9 @@ class PretrainingData(LightningDataModule):
         offsets = corpus.document_offsets()
         for document in documents[:20_000]:
             start, end = int(offsets[document]), int(offsets[document + 1])
-            counts += np.bincount(corpus.tokens(start, end - start), minlength=size)
+            tokens = corpus.tokens(start, end - start)
+            corpus.check_tokens(tokens, size)
+            counts += np.bincount(tokens, minlength=size)
         return counts
 
     def _loader(self, samples: Any, batch_sampler: Any) -> DataLoader[Any]:

@@ -181,7 +181,9 @@ class Finetuning:
                 metrics |= score_split(self.data.task, split, in_order(rows, split))
         metrics = strategy.broadcast(metrics)
         score = main_score(self.data.task, metrics)
-        if score > self.best_score or self.data.task.patience is None:
+        # without labels there is no score, and the first is the only one
+        is_first = self.best_step < 0
+        if is_first or score > self.best_score or self.data.task.patience is None:
             self.best_score, self.best_step, self.best_metrics = score, step, metrics
             if self.output is not None and strategy.is_global_zero:
                 for split, rows in zip(self.data.evaluation_splits(), gathered, strict=True):

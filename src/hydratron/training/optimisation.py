@@ -88,10 +88,18 @@ def learning_rate_factor(config: OptimizerConfig, *, max_steps: int) -> Callable
     return factor
 
 
-def is_decayed(name: str) -> bool:
-    """Weight decay acts on matrices and embeddings, not on biases or LayerNorm (Megatron-LM)."""
-    # transformers spells it LayerNorm and layer_norm
-    return not name.endswith("bias") and "layernorm" not in name.lower().replace("_", "")
+def decayed_parameters(network: nn.Module) -> set[str]:
+    """Names of what weight decay acts on: matrices and embeddings, not biases or LayerNorm's gains
+    (Megatron-LM).
+    """
+    # by the layers' kind: transformers has LayerNorm under many names, ln and attn_norm among them
+    norms = tuple(
+        f"{name}."
+        for name, module in network.named_modules()
+        if "norm" in type(module).__name__.lower() and not any(module.children())
+    )
+    names = (name for name, _ in network.named_parameters())
+    return {name for name in names if not name.endswith("bias") and not name.startswith(norms)}
 
 
 def build_optimizer(
@@ -107,9 +115,10 @@ def build_optimizer(
     Parameters of 16 bits get float32 master weights.
     """
     named = [(n, p) for n, p in network.named_parameters() if p.requires_grad]
+    decayed = decayed_parameters(network)
     groups = [
-        {"params": [p for n, p in named if is_decayed(n)], "weight_decay": config.weight_decay},
-        {"params": [p for n, p in named if not is_decayed(n)], "weight_decay": 0.0},
+        {"params": [p for n, p in named if n in decayed], "weight_decay": config.weight_decay},
+        {"params": [p for n, p in named if n not in decayed], "weight_decay": 0.0},
     ]
     settings: dict[str, Any] = {
         "lr": config.lr,

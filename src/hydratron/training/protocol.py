@@ -86,7 +86,8 @@ class Protocol:
         if not grid:
             return {}
         winner = best(self._sweep(dict(given) | {"seed": seed}, self.output / "grid"))
-        return {key: str(winner.result["overrides"][key]) for key in grid}
+        chosen = winner.result["overrides"]
+        return {key: str(chosen[key.lstrip("+")]) for key in grid}
 
     def score(self, given: Mapping[str, str], seeds: str) -> dict[str, Any]:
         """Train all seeds; return medians and the ensemble, and test scores where a test is named.

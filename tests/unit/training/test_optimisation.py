@@ -10,6 +10,7 @@ from torch import nn
 from hydratron.training.optimisation import (
     OptimizerConfig,
     build_optimizer,
+    decayed_parameters,
     learning_rate_factor,
     skip_if_not_finite,
 )
@@ -100,6 +101,11 @@ def test_biases_and_layernorms_are_not_decayed_and_all_else_is(family: str, laye
     assert {id(p) for p in plain["params"]} == not_decayed
     assert len(decayed["params"]) + len(plain["params"]) == len(list(network.parameters()))
     assert {id(p) for p in network.parameters()} - not_decayed == {id(p) for p in decayed["params"]}
+
+
+def test_layernorms_of_any_name_are_not_decayed() -> None:
+    network = nn.ModuleDict({"ln": nn.LayerNorm(2), "attn": nn.Linear(2, 2), "gate": nn.RMSNorm(2)})
+    assert decayed_parameters(network) == {"attn.weight"}
 
 
 def test_parameters_that_are_frozen_are_left_out() -> None:

@@ -66,6 +66,15 @@ def test_the_grid_is_tuned_with_one_seed_and_the_median_is_of_all(tmp_path: Path
     assert ("evaluate", f"runs=[{runs}]", f"hydra.run.dir={tmp_path}/ensemble") in commands.calls
 
 
+def test_a_key_that_hydra_is_told_to_add_is_tuned_too(tmp_path: Path) -> None:
+    class Adding(Commands):
+        def finetune(self, given: dict[str, str], directory: Path) -> None:
+            super().finetune({key.lstrip("+"): value for key, value in given.items()}, directory)
+
+    given = {"optimizer.lr": "1e-5", "+task.max_query_len": "32,64"}
+    assert Protocol(tmp_path, Adding()).choose(given, "1") == {"+task.max_query_len": "32"}
+
+
 def test_a_second_call_trains_what_is_missing_and_evaluates_nothing_again(tmp_path: Path) -> None:
     given = {"optimizer.lr": "1e-5,3e-5"}
     protocol = Protocol(tmp_path, Commands())

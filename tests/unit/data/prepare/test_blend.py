@@ -44,6 +44,14 @@ def test_every_prefix_of_a_million_is_exact_to_one_sample(weights: list[float], 
         assert (found[mine, 1] == np.arange(mine.sum())).all()
 
 
+def test_hundreds_of_sources_are_told_apart(tmp_path: Path) -> None:
+    found = locations(BlendIndex([1] * 300, tmp_path), 600)
+    assert len(set(map(tuple, found))) == 600
+    assert set(found[:300, 0]) == set(range(300))
+    with pytest.raises(ValueError, match="a blend of 16385 sources is more than 16384"):
+        BlendIndex([1] * 16385, tmp_path)
+
+
 def test_places_far_out_continue_the_periods(tmp_path: Path) -> None:
     index = BlendIndex([0.5, 0.3, 0.2], tmp_path)
     assert index.period == 10
