@@ -150,8 +150,7 @@ def sample_rows(sentences: Path, tokenizer: Any, folder: Path) -> list[Row]:
     whole = IndexedCorpus(folder / "documents")
     every = np.arange(corpus.num_documents)
     bert = BertSamples(corpus, every, settings=bert_settings(tokenizer))
-    sizes = {"seq_len": 1024, "vocab_size": len(tokenizer)}
-    gpt2 = Gpt2Samples(whole, every, seed=1, eod=eod, **sizes)
+    gpt2 = Gpt2Samples(whole, every, seq_len=1024, seed=1, eod=eod, vocab_size=len(tokenizer))
     theirs = megatron_datasets(sentences, folder / "documents", tokenizer, folder / "megatron")
     return [
         *compare("BERT sample, 512 tokens", bert, theirs[0], BERT_SAMPLES),

@@ -102,7 +102,7 @@ def end_tree(process: subprocess.Popen[bytes]) -> None:
 def clean_environment() -> dict[str, str]:
     """Return the environment without any trace of a surrounding distributed job.
 
-    Elsewhere torchrun kills workers 30 s after a SIGTERM.
+    torchrun is to leave its workers as long to stop as `wait` does; its own limit is 30 s.
     """
     kept = {k: v for k, v in os.environ.items() if not k.startswith(FOREIGN_VARIABLES)}
     return {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SECONDS_TO_STOP)} | kept

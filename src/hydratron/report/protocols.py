@@ -36,7 +36,7 @@ def drop_repeated(runs: Sequence[Run]) -> list[Run]:
     seeds = [
         (directory, run.overrides)
         for run in runs
-        if (directory := protocol_directory(run)) and run.path.parent.name == "seeds"
+        if run.path.parent.name == "seeds" and (directory := protocol_directory(run))
     ]
     return [
         run

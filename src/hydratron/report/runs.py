@@ -358,6 +358,7 @@ def load_runs(directories: Sequence[Path]) -> Collection:
 
 
 def _count_groups(runs: Sequence[Run], keys: Sequence[str]) -> int:
+    """How many groups of runs these keys tell apart."""
     return len({tuple(run.value(key) for key in keys) for run in runs})
 
 
@@ -371,13 +372,12 @@ def find_swept_keys(runs: Sequence[Run]) -> list[str]:
     named = {key for run in runs for key in run.overrides} - NEVER_SWEPT
     keys = sorted(key for key in named if len({run.value(key) for run in runs}) > 1)
     for key in RESULT_KEYS:
-        groups = {tuple(run.value(name) for name in keys) for run in runs}
-        split = {tuple(run.value(name) for name in (*keys, key)) for run in runs if run.result}
-        if key not in keys and len(split) > len(groups):
+        split = _count_groups([run for run in runs if run.result], [*keys, key])
+        if key not in keys and split > _count_groups(runs, keys):
             keys.append(key)
     if all(run.command != "benchmark" for run in runs):
         for key in COMPUTE_KEYS:
             others = [name for name in keys if name != key]
-            if _count_groups(runs, others) == _count_groups(runs, keys):
+            if key in keys and _count_groups(runs, others) == _count_groups(runs, keys):
                 keys = others
     return sorted(keys, key=lambda key: (KEY_ORDER.index(key) if key in KEY_ORDER else 99, key))
