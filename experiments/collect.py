@@ -32,9 +32,16 @@ def swept_keys(runs: Sequence[Run], columns: Sequence[str] = ()) -> list[str]:
     return [SWEPT[0], *also, *SWEPT[1:]]
 
 
+def hydra_text(value: Any) -> str:
+    """An override's value as it is written on a command line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
+
+
 def command_line(run: Run, replaced: Sequence[Sequence[str]]) -> str:
     """What repeats this run alone, with each old of `replaced` as its new."""
-    given = {k: v for k, v in run.overrides.items() if k != "resume"}
+    given = {k: hydra_text(v) for k, v in run.overrides.items() if k != "resume"}
     line = " ".join(["hydratron", run.command, *(f"{k}={v}" for k, v in given.items())])
     for old, new in replaced:
         line = line.replace(old, new)
@@ -123,6 +130,7 @@ def main() -> None:
         frame = pd.concat([kept, frame]).drop_duplicates(keys, keep="last")
     ends = [column for column in facts if column in frame]
     frame = frame[[*(c for c in frame if c not in ends), *ends]].sort_values(keys, kind="stable")
+    options.output.mkdir(parents=True, exist_ok=True)
     frame.to_csv(path, index=False, float_format="%.6g")
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ def resumed_arguments(arguments: list[str]) -> list[str]:
     directory = Path(override_dictionary(arguments)["resume"])
     is_sweep = not {"-m", "--multirun"}.isdisjoint(arguments)
     source = directory / ("multirun.yaml" if is_sweep else ".hydra/overrides.yaml")
+    if not directory.is_dir():
+        raise InputError(f"resume={directory}: there is no such directory")
     if not source.is_file():
         kind = "sweep" if is_sweep else "run"
         raise InputError(f"resume={directory}: no {kind} directory, it has no {source.name}")
@@ -42,6 +45,15 @@ def resumed_arguments(arguments: list[str]) -> list[str]:
     before = {text.partition("=")[0]: text for text in stored}
     flags = [a for a in arguments if "=" not in a]
     return [*flags, *(before | given | {where: f"{where}={directory}"}).values()]
+
+
+def finished_run(arguments: list[str]) -> Path | None:
+    """Return the run that `resume=` alone asks to go on with, though it has ended well."""
+    given = override_dictionary(arguments)
+    if set(given) != {"resume"}:  # of a sweep, or with something that may ask for more steps
+        return None
+    directory = Path(given["resume"])
+    return directory if read_result(directory).get("status") == "ok" else None
 
 
 def search_continued(directory: Path, total: int, given: dict[str, str]) -> dict[str, str]:
@@ -67,10 +79,15 @@ def search_continued(directory: Path, total: int, given: dict[str, str]) -> dict
 def search_arguments(command: str, arguments: list[str]) -> list[str]:
     """Add to a search by Optuna what it takes to go on with it: a directory, which holds its trials
     and `multirun.yaml`, which other sweepers than the basic one do not write.
+
+    Raises:
+        InputError: the sweeper is not installed.
     """
     given = override_dictionary(arguments)
     if given.get("hydra/sweeper") != "optuna":
         return arguments
+    if find_spec("optuna") is None:
+        raise InputError('hydra/sweeper=optuna is not installed: pip install -e ".[optuna]"')
     defaults = {
         "hydra.sweep.dir": time.strftime(f"outputs/{command}/%Y-%m-%d/%H-%M-%S"),
         "hydra.sweeper.storage": "sqlite:///${hydra.sweep.dir}/optuna.db",

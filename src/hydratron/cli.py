@@ -56,6 +56,9 @@ def main() -> None:
         elif command in HYDRA_COMMANDS:
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing
             rest = given[1:]
+            if finished := arguments.finished_run(rest):
+                print(f"{finished} has ended well already; a larger trainer.max_steps= goes on")
+                return
             if any(argument.startswith("resume=") for argument in rest):
                 rest = arguments.resumed_arguments(rest)
             rest = arguments.search_arguments(command, rest)

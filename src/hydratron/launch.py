@@ -45,6 +45,7 @@ from hydratron.result import (
     RESULT,
     Job,
     completed_result,
+    describe_outcome,
     job_line,
     note_failure,
     read_result,
@@ -256,6 +257,9 @@ def execute(job: Job) -> None:
     finally:
         if is_first_rank():
             write_result(job, **outcome, duration_s=round(time.monotonic() - started, 3))
+            found = describe_outcome(read_result(job.run_dir))
+            if outcome["status"] == "ok" and found:
+                print(f"{job.run_dir}: {found}", flush=True)
 
 
 def stop_at_once(*_: Any) -> None:

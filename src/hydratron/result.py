@@ -9,7 +9,7 @@ import signal
 import subprocess
 import traceback
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,16 @@ RESULT = "result.json"
 FAILURE = ".hydra/failure.json"
 TRACKED = ".hydra/wandb.json"  # the job's W&B id and the exit status it ended with there
 OFFLINE_RUNS = "wandb/offline-run-*"
+# what a benchmark is read for
+TIMINGS = (
+    "perf/step_ms",
+    "perf/tokens_per_second",
+    "perf/tflops_per_gpu",
+    "perf/mfu",
+    "perf/peak_memory_gib",
+    "peer/step_ms",
+    "perf/ratio_to_peer",
+)
 PACKAGES = ("torch", "pytorch-lightning", "transformers")
 
 
@@ -84,11 +94,25 @@ def completed_result(job: Job, *, returncode: int, duration: float) -> dict[str,
     return read_result(job.run_dir)
 
 
+def describe_outcome(result: dict[str, Any]) -> str:
+    """Return in words what a job is judged by, or why it failed: empty where it is neither."""
+    if result["error"]:
+        return str(result["error"])
+    if result["command"] == "benchmark":
+        keys: Iterable[str] = TIMINGS
+    elif result["command"] == "evaluate":
+        keys = [key for key in result if key.startswith(("val/", "test/"))]
+    else:
+        keys = [result.get("selection_metric", "val/loss")]
+    found = {key: result[key] for key in keys if isinstance(result.get(key), int | float)}
+    return "  ".join(f"{key} {value:.5g}" for key, value in found.items())
+
+
 def job_line(job: Job, result: dict[str, Any]) -> str:
     """Return one line about a finished job of a sweep."""
     settings = " ".join(f"{key}={value}" for key, value in job.overrides.items())
-    found = f"val/loss {result['val/loss']:.4f}" if "val/loss" in result else result["error"] or ""
     seconds = f"{result['duration_s']:.0f} s"
+    found = describe_outcome(result)
     return f"job {job.run_dir.name}: {result['status']}  {settings}  {found}  {seconds}"
 
 

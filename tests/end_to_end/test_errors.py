@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,7 +38,10 @@ def corpus(tmp_path: Path) -> Path:
         (["model.layernorm=sideways"], "model.layernorm 'sideways' is not one of pre, post"),
         (["data.global_batch_size=33", "parallel=dp2"], "global_batch_size 33 is not divisible"),
         (["trainer.precision=16-mixed"], "16-mixed needs a GPU"),
-        (["resume=nowhere"], "no run directory"),
+        (["data.global_batch_size=33", "parallel=dp2"], "by data_parallel_size 2"),
+        (["data=indexed"], "data.path= is missing"),
+        (["resume=nowhere"], "resume=nowhere: there is no such directory"),
+        (["resume=empty"], "resume=empty: no run directory"),
     ],
 )
 def test_wrong_input_is_one_line_and_status_2(
@@ -49,6 +53,21 @@ def test_wrong_input_is_one_line_and_status_2(
     assert done.stderr.count("\n") == 1, done.stderr
     assert line in done.stderr
     assert not list(tmp_path.rglob("metrics.csv"))
+
+
+def test_what_is_not_installed_is_named(
+    in_process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def not_installed(*_: Any, **__: Any) -> Any:
+        raise ModuleNotFoundError("Neither `tensorboard` nor `tensorboardX` is available.")
+
+    monkeypatch.setattr("pytorch_lightning.loggers.TensorBoardLogger.__init__", not_installed)
+    monkeypatch.setattr("hydratron.arguments.find_spec", lambda _: None)
+    logger = in_process("pretrain", *TINY, "logger=tensorboard")
+    search = in_process("pretrain", "-m", *TINY, "hydra/sweeper=optuna", "seed=1,2")
+    assert (logger.returncode, search.returncode) == (2, 2)
+    assert "logger: Neither `tensorboard` nor `tensorboardX` is available." in logger.stderr
+    assert 'hydra/sweeper=optuna is not installed: pip install -e ".[optuna]"' in search.stderr
 
 
 def test_a_truncated_index_is_refused_by_name(in_process, corpus: Path) -> None:

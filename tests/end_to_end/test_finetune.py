@@ -81,6 +81,10 @@ def test_a_finetuned_run_evaluates_to_its_own_scores(in_process: Run, inputs: Pa
             assert value == pytest.approx(found[key], abs=1e-4), (name, key)
         path = inputs / name / "predictions/validation.json"
         assert json.loads(path.read_text()) == answers
+        assert f"val/f1 {found['val/f1']:.5g}" in done.stdout
+    done = in_process("evaluate", "runs=[run,./run]", "hydra.run.dir=twice")
+    assert done.returncode == 2, done.stderr
+    assert "runs= names run twice" in done.stderr
     assert len(metrics(inputs / "run")) == found["steps"]
 
 

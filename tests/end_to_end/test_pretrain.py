@@ -49,6 +49,33 @@ def test_a_run_directory_keeps_its_contract(hydratron, tmp_path: Path) -> None:
     assert not list(run.rglob("*.tmp"))
 
 
+def test_the_last_step_is_logged_and_the_lines_say_what_is_known(
+    in_process, tmp_path: Path
+) -> None:
+    sparse = [*TINY, "trainer.log_every=3", "trainer.val_every=2", "hydra.run.dir=run"]
+    done = in_process("pretrain", *sparse)
+    assert done.returncode == 0, done.stderr
+    found, rows = result(tmp_path / "run"), metrics(tmp_path / "run").set_index("step")
+    losses = rows["train/loss"].dropna()
+    assert list(losses.index) == [3, 4]
+    assert found["train/loss"] == losses[4]
+    *steps, end = done.stdout.splitlines()
+    said = [(line.split()[1], "train/loss" in line, "val/loss" in line) for line in steps]
+    assert said == [
+        ("2/4", False, True),
+        ("3/4", True, False),
+        ("4/4", True, False),
+        ("4/4", False, True),
+    ]
+    assert end == f"{tmp_path / 'run'}: val/loss {found['val/loss']:.5g}"
+    done = in_process("pretrain", "resume=run")
+    assert (done.returncode, done.stdout.count("\n")) == (0, 1), done.stderr
+    assert "run has ended well already; a larger trainer.max_steps= goes on" in done.stdout
+    assert result(tmp_path / "run") == found
+    assert in_process("pretrain", "resume=run", "trainer.max_steps=5").returncode == 0
+    assert result(tmp_path / "run")["steps"] == 5
+
+
 @pytest.mark.parametrize("layernorm", ["pre", "post"])
 def test_gpt2_trains_with_either_placement(in_process, tmp_path: Path, layernorm: str) -> None:
     run = ["hydra.run.dir=run", "model=gpt2", f"layernorm={layernorm}"]

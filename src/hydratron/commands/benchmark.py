@@ -30,7 +30,8 @@ class BenchmarkJob:
 def prepare(config: Mapping[str, Any]) -> BenchmarkJob:
     """Check a configuration; ValueError says what is wrong with it."""
     timing = build(TimingConfig, config["timing"], name="timing")
-    steps = {"max_steps": timing.total_steps, "log_every": timing.total_steps + 1}
+    # the last step is logged, and so comes after those that are timed and profiled
+    steps = {"max_steps": timing.total_steps + 1, "log_every": timing.total_steps + 1}
     job = pretrain.prepare(dict(config) | {"trainer": config["trainer"] | steps})
     if job.trainer.cuda_graphs and timing.warmup_steps < 2:
         raise ValueError(

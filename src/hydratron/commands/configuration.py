@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from hydratron.processes import is_external_launch
 from hydratron.training.config import TrainerConfig
@@ -32,6 +32,8 @@ def build(cls: type[ConfigT], node: Mapping[str, Any], *, name: str) -> ConfigT:
             schema[field.name] = OmegaConf.structured(field.type, flags={"readonly": False})
     try:
         values: Any = OmegaConf.to_object(OmegaConf.merge(schema, dict(node)))
+    except MissingMandatoryValue as error:
+        raise ValueError(f"{name}.{error.full_key}= is missing") from error
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{name}.{getattr(error, 'full_key', '')}: {reason}") from error

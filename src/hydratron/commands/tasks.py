@@ -217,8 +217,11 @@ def open_ensemble(config: Mapping[str, Any], runs: list[Path]) -> TaskData:
     """Return the examples that all of `runs` have scored, encoded as the first run did.
 
     Raises:
-        ValueError: a run is no finetuned one, or of another task than the first.
+        ValueError: a run is no finetuned one, of another task than the first, or named twice.
     """
+    for run in runs:
+        if [other.resolve() for other in runs].count(run.resolve()) > 1:
+            raise ValueError(f"runs= names {run} twice: its votes would count double")
     found = [task_of_run(config["task"], str(run)) for run in runs]
     for run, task in zip(runs, found, strict=True):
         if task.name != found[0].name:

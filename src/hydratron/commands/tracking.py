@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
+from hydratron.arguments import InputError
 from hydratron.checkpoint.runs import FROZEN_CONFIG
 from hydratron.launch import TERMINATED, exit_status
 from hydratron.processes import world_size
@@ -51,11 +53,21 @@ def tracked(
 
 
 def build_loggers(node: Mapping[str, Any], run_dir: Path) -> list[Logger]:
-    """Instantiate the logger that the configuration names, if any; a W&B run starts here."""
+    """Instantiate the logger that the configuration names, if any; a W&B run starts here.
+
+    Raises:
+        InputError: its package is not installed.
+    """
     if "_target_" not in node:
         return []
     if not is_wandb(node):
-        return [instantiate(node)]
+        try:
+            return [instantiate(node)]
+        except InstantiationException as error:
+            if not isinstance(error.__cause__, ImportError):
+                raise
+            missing = str(error.__cause__).splitlines()[0]
+            raise InputError(f"logger: {missing}") from error
     logger: WandbLogger = instantiate(wandb_arguments(node, run_dir), _convert_="all")
     logger.log_hyperparams(describe(run_dir))
     return [logger]

@@ -56,9 +56,10 @@ class DataConfig:
         """
         micro = self.micro_batch_size or max(1, self.global_batch_size // data_parallel_size)
         if self.global_batch_size % (micro * data_parallel_size):
+            given = f"micro_batch_size {micro} x " if self.micro_batch_size else ""
             raise ValueError(
-                f"global_batch_size {self.global_batch_size} is not divisible by micro_batch_size"
-                f" {micro} x data_parallel_size {data_parallel_size}"
+                f"global_batch_size {self.global_batch_size} is not divisible by"
+                f" {given}data_parallel_size {data_parallel_size}"
             )
         return micro
 

@@ -29,7 +29,9 @@ SHORT_KEYS = {
 
 
 def format_number(value: Any) -> str:
-    """A swept value as short as it can be said: 0.003, 1e-04, pre."""
+    """A swept value as short as it can be said: 0.003, 1e-04, pre, null."""
+    if value is None:
+        return "null"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
@@ -39,7 +41,9 @@ def name_value(key: str, value: Any) -> str:
         return f"{value} layers"
     if key in ("task", "model", "size"):
         return f"{value}"
-    return f"{name_key(key)} {format_number(value)}"
+    folders = str(value).split("/")  # of a path the last two say which
+    short = f"…/{'/'.join(folders[-2:])}" if len(folders) > 3 else format_number(value)
+    return f"{name_key(key)} {short}"
 
 
 def name_key(key: str) -> str:

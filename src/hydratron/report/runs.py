@@ -375,6 +375,12 @@ def find_swept_keys(runs: Sequence[Run]) -> list[str]:
         split = _count_groups([run for run in runs if run.result], [*keys, key])
         if key not in keys and split > _count_groups(runs, keys):
             keys.append(key)
+    for key in list(keys):
+        group = key.partition(".")[0]
+        is_within = key != group and group in keys and group in ("task", "data")
+        # where its files lie follows from which one it is
+        if is_within and _count_groups(runs, [group, key]) == _count_groups(runs, [group]):
+            keys.remove(key)
     if all(run.command != "benchmark" for run in runs):
         for key in COMPUTE_KEYS:
             others = [name for name in keys if name != key]

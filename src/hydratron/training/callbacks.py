@@ -8,6 +8,7 @@ import signal
 import statistics
 import time
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ class LoggedInterval(Callback):
     ) -> None:
         assert isinstance(pl_module, TrainingModule)
         self.count += self.counted(pl_module, batch)
-        if trainer.global_step % pl_module.log_every == 0:
+        if pl_module.is_logged(trainer.global_step):
             self.log_interval(trainer, pl_module, time.perf_counter() - self.started)
             self._restart()
 
@@ -255,7 +256,7 @@ class LossSpikes(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, TrainingModule)
-        if trainer.global_step % pl_module.log_every or not trainer.is_global_zero:
+        if not pl_module.is_logged(trainer.global_step) or not trainer.is_global_zero:
             return
         loss = pl_module.last_metrics["train/loss"]
         if not math.isfinite(loss):  # counted elsewhere
@@ -273,18 +274,24 @@ class LossSpikes(Callback):
 
 
 class ProgressLines(Callback):
-    """Plain lines where the output is no terminal."""
-
-    def __init__(self, *, max_steps: int, every: int) -> None:
-        self.max_steps, self.every = max_steps, every
+    """Plain lines where the output is no terminal: one a logged step, one a validation."""
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step = trainer.global_step
-        if trainer.is_global_zero and (step % self.every == 0 or step == self.max_steps):
-            assert isinstance(pl_module, TrainingModule)
-            values = pl_module.last_metrics
-            shown = ("train/loss", "train/grad_norm", "val/loss", "perf/tokens_per_second")
-            text = "  ".join(f"{key} {float(values[key]):.5g}" for key in shown if key in values)
-            print(f"step {step}/{self.max_steps}  {text}", flush=True)
+        assert isinstance(pl_module, TrainingModule)
+        if pl_module.is_logged(trainer.global_step):
+            rates = ("perf/tokens_per_second", "perf/examples_per_second")
+            self._print(trainer, pl_module, ("train/loss", "train/grad_norm", *rates))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, TrainingModule)
+        if trainer.global_step:  # else nothing is trained here
+            self._print(trainer, pl_module, [k for k in pl_module.last_metrics if "val/" in k])
+
+    @staticmethod
+    def _print(trainer: Trainer, module: TrainingModule, keys: Sequence[str]) -> None:
+        if trainer.is_global_zero:
+            values = module.last_metrics
+            text = "  ".join(f"{key} {float(values[key]):.5g}" for key in keys if key in values)
+            print(f"step {trainer.global_step}/{module.max_steps}  {text}", flush=True)

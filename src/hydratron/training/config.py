@@ -38,7 +38,8 @@ class TrainerConfig:
     """How long, on what and how often. `devices` is per node; None: what the layout needs.
 
     After `max_hours` a run saves a checkpoint and ends as `preempted`; None is no limit.
-    `val_every` and `checkpoint_every` count optimizer steps, 0 is only at the end.
+    `log_every`, `val_every` and `checkpoint_every` count optimizer steps and hold at the end too;
+    of the last two 0 is only at the end.
     `log_layer_norms` adds each layer's gradient norm to the logged rows. `async_checkpoints` saves
     in a thread while training goes on. A run in which more than `max_skipped_steps` steps had a
     non-finite loss or gradient stops. `cuda_graphs` replays steps of our own networks where one

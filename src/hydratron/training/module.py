@@ -75,7 +75,8 @@ class TrainingModule(LightningModule):
         max_steps: optimizer steps of the whole run.
         seed: of parameters and dropout.
         micro_batch_size: examples a forward pass takes.
-        log_every: steps between logged rows; only there does the host wait for the device.
+        log_every: steps between logged rows, the last step has one too; only there does the host
+            wait for the device.
         log_layer_norms: log the gradient norm of each Transformer layer too, before clipping.
         max_skipped_steps: skipped non-finite steps after which the run stops.
         dtype: of the parameters.
@@ -197,7 +198,7 @@ class TrainingModule(LightningModule):
             totals, norm, squares = self.graphs(batch)
             optimizer.step(updated=True)  # pyright: ignore
         schedule.step()  # pyright: ignore
-        if self.trainer.global_step % self.log_every == 0:
+        if self.is_logged(self.trainer.global_step):
             layers = layer_gradient_norms(squares) if self.log_layer_norms else {}
             metrics = {f"train/grad_norm/{name}": layer for name, layer in layers.items()}
             metrics |= {"train/grad_norm": norm, "train/learning_rate": learning_rate}
@@ -249,6 +250,10 @@ class TrainingModule(LightningModule):
         )
         for key, value in losses.items():
             totals[key] = totals.get(key, 0.0) + value.detach()
+
+    def is_logged(self, step: int) -> bool:
+        """Whether the losses of an optimizer step are logged."""
+        return step % self.log_every == 0 or step == self.max_steps
 
     def _log_step(self, totals: dict[str, Tensor], metrics: dict[str, Any]) -> None:
         if self.mesh.dp_group is not None:

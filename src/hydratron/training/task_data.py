@@ -1,5 +1,6 @@
 """The data module of finetuning: a task's splits, encoded once, in batches of similar length."""
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,7 @@ from hydratron.data.buckets import LengthBucketedSampler, collate
 from hydratron.data.encodings import cache_key, encode_cached
 from hydratron.data.tokenizer import PreTrainedTokenizerFast
 from hydratron.parallel.mesh import ParallelMesh
+from hydratron.processes import is_first_rank
 from hydratron.training.strategy import TensorParallelStrategy
 from hydratron.training.tasks import Split, Task
 
@@ -97,6 +99,12 @@ class TaskData(LightningDataModule):
         super().__init__()
         self.task, self.config, self.tokenizer, self.seed = task, config, tokenizer, seed
         self.max_seq_len = min(task.max_seq_len, max_positions)
+        if task.max_seq_len > max_positions and is_first_rank():
+            warnings.warn(
+                f"task.max_seq_len {task.max_seq_len} is cut to the {max_positions} positions that"
+                " the model has",
+                stacklevel=2,
+            )
         self.splits = {group: self._read(group) for group in groups}
 
     def _read(self, group: str) -> list[Split]:

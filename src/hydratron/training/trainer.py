@@ -31,7 +31,6 @@ def build_trainer(
     With `steps_only` it neither validates nor saves.
     """
     is_terminal = sys.stdout.isatty()
-    lines = ProgressLines(max_steps=config.max_steps, every=config.log_every)
     saving = [StepCheckpoint(run_dir / CHECKPOINTS, every=config.checkpoint_every)]
     return Trainer(
         accelerator=config.accelerator,
@@ -47,7 +46,7 @@ def build_trainer(
         logger=list(loggers),
         callbacks=[
             *callbacks,
-            RichProgressBar() if is_terminal else lines,
+            RichProgressBar() if is_terminal else ProgressLines(),
             LossSpikes(),
             StopOnRequest(max_hours=config.max_hours),
             *([] if steps_only else saving),
@@ -62,6 +61,6 @@ def build_trainer(
         enable_checkpointing=True,
         enable_progress_bar=is_terminal,
         enable_model_summary=False,
-        log_every_n_steps=config.log_every,
+        log_every_n_steps=1,  # the module logs by itself
         default_root_dir=run_dir,
     )

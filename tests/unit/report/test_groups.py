@@ -1,4 +1,5 @@
 import math
+from itertools import product
 
 import pytest
 
@@ -55,6 +56,17 @@ def test_scores_are_better_when_higher_and_compared_within_a_task(writer):
         ("mnli", 1),
         ("qqp", 2),
     }
+
+
+def test_where_a_task_s_files_lie_tells_no_runs_apart_that_the_task_does(writer):
+    for task, checkpoint in product(("mnli", "qqp"), ("/a/b/runs/pre", "/a/b/runs/post")):
+        overrides = {"task": task, "task.train_path": f"/{task}.jsonl", "checkpoint": checkpoint}
+        overrides |= {"task.patience": "null" if "pre" in checkpoint else 2}
+        result = {"command": "finetune", "val/accuracy": 0.8}
+        writer.run(f"{task}{checkpoint[-3:]}", overrides, result=result)
+    section = section_of(writer)
+    assert section.keys == ["task", "checkpoint", "task.patience"]
+    assert section.groups[-1].label == "qqp, checkpoint …/runs/pre, patience null"
 
 
 def test_a_larger_model_is_not_worse_for_being_slower(writer):
