@@ -47,13 +47,14 @@ def resumed_arguments(arguments: list[str]) -> list[str]:
     return [*flags, *(before | given | {where: f"{where}={directory}"}).values()]
 
 
-def finished_run(arguments: list[str]) -> Path | None:
-    """Return the run that `resume=` alone asks to go on with, though it has ended well."""
+def finished_run(command: str, arguments: list[str]) -> Path | None:
+    """Return the training that `resume=` alone asks to go on with, though it has ended well."""
     given = override_dictionary(arguments)
-    if set(given) != {"resume"}:  # of a sweep, or with something that may ask for more steps
-        return None
-    directory = Path(given["resume"])
-    return directory if read_result(directory).get("status") == "ok" else None
+    if command not in ("pretrain", "finetune") or set(given) != {"resume"}:
+        return None  # more given: a sweep, or what may ask for more steps
+    found = read_result(Path(given["resume"]))
+    is_finished = (found.get("command"), found.get("status")) == (command, "ok")
+    return Path(given["resume"]) if is_finished else None
 
 
 def search_continued(directory: Path, total: int, given: dict[str, str]) -> dict[str, str]:
@@ -123,7 +124,10 @@ def refuse_overwriting(arguments: list[str]) -> None:
         return
     run_dir, sweep_dir = given.get("hydra.run.dir"), given.get("hydra.sweep.dir")
     if {"-m", "--multirun"}.isdisjoint(arguments):
-        if run_dir and read_result(Path(run_dir)).get("status") in ("ok", "failed"):
+        status = read_result(Path(run_dir)).get("status") if run_dir else None
+        if status == "ok":
+            raise InputError(f"{run_dir} holds a finished run already")
+        if status == "failed":
             raise InputError(f"{run_dir} holds a run already; resume={run_dir} goes on with it")
     elif sweep_dir and (Path(sweep_dir) / "multirun.yaml").exists():
         raise InputError(f"{sweep_dir} holds a sweep already; -m resume={sweep_dir} completes it")

@@ -105,7 +105,10 @@ def describe_outcome(result: dict[str, Any]) -> str:
     else:
         keys = [result.get("selection_metric", "val/loss")]
     found = {key: result[key] for key in keys if isinstance(result.get(key), int | float)}
-    return "  ".join(f"{key} {value:.5g}" for key, value in found.items())
+    return "  ".join(
+        f"{key} {value:,.0f}" if abs(value) >= 1e5 else f"{key} {value:.5g}"
+        for key, value in found.items()
+    )
 
 
 def job_line(job: Job, result: dict[str, Any]) -> str:

@@ -31,6 +31,7 @@ def test_a_peer_of_the_same_shape_stands_beside(
     assert done.returncode == 0, done.stderr
     found = result(tmp_path / "run")
     assert found["device"] == "CPU"
+    assert f"perf/step_ms {found['perf/step_ms']:.5g}" in done.stdout
     for side in ("perf", "peer"):
         assert found[f"{side}/step_ms_low"] <= found[f"{side}/step_ms"]
         assert found[f"{side}/step_ms"] <= found[f"{side}/step_ms_high"]

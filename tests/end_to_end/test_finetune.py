@@ -70,11 +70,9 @@ def test_a_finetuned_run_evaluates_to_its_own_scores(in_process: Run, inputs: Pa
     assert found["selection_metric"] == "val/f1"
     answers = json.loads((inputs / "run/predictions/validation.json").read_text())
     assert len(answers) == 14
-    done = in_process("evaluate", "checkpoint=run", "hydra.run.dir=again")
-    assert done.returncode == 0, done.stderr
-    done = in_process("evaluate", "runs=[run]", "hydra.run.dir=mean")
-    assert done.returncode == 0, done.stderr
-    for name in ("again", "mean"):
+    for name, what in (("again", "checkpoint=run"), ("mean", "runs=[run]")):
+        done = in_process("evaluate", what, f"hydra.run.dir={name}")
+        assert done.returncode == 0, done.stderr
         scores = {k: v for k, v in result(inputs / name).items() if k.startswith("val/")}
         assert scores
         for key, value in scores.items():

@@ -70,7 +70,7 @@ def test_the_last_step_is_logged_and_the_lines_say_what_is_known(
     assert end == f"{tmp_path / 'run'}: val/loss {found['val/loss']:.5g}"
     done = in_process("pretrain", "resume=run")
     assert (done.returncode, done.stdout.count("\n")) == (0, 1), done.stderr
-    assert "run has ended well already; a larger trainer.max_steps= goes on" in done.stdout
+    assert "run has ended well; a larger trainer.max_steps= goes on" in done.stdout
     assert result(tmp_path / "run") == found
     assert in_process("pretrain", "resume=run", "trainer.max_steps=5").returncode == 0
     assert result(tmp_path / "run")["steps"] == 5

@@ -187,6 +187,12 @@ def job_for(
     )
 
 
+def test_a_sequence_length_that_the_model_has_not_is_cut_with_a_warning(inputs: Path) -> None:
+    with pytest.warns(UserWarning, match="task.max_seq_len 80 is cut to the 64 positions that"):
+        job = job_for(inputs, task={"max_seq_len": 80})
+    assert job.data.max_seq_len == 64
+
+
 def finetune_on(job: FinetuneJob, run_dir: Path) -> dict[str, Any]:
     run_dir.mkdir(parents=True, exist_ok=True)
     is_external = "RANK" in os.environ

@@ -31,8 +31,9 @@ def prepare(config: Mapping[str, Any]) -> BenchmarkJob:
     """Check a configuration; ValueError says what is wrong with it."""
     timing = build(TimingConfig, config["timing"], name="timing")
     # the last step is logged, and so comes after those that are timed and profiled
-    steps = {"max_steps": timing.total_steps + 1, "log_every": timing.total_steps + 1}
-    job = pretrain.prepare(dict(config) | {"trainer": config["trainer"] | steps})
+    last = timing.total_steps + 1
+    settings = {"max_steps": last, "log_every": last, "max_skipped_steps": last}
+    job = pretrain.prepare(dict(config) | {"trainer": config["trainer"] | settings})
     if job.trainer.cuda_graphs and timing.warmup_steps < 2:
         raise ValueError(
             f"timing.warmup_steps {timing.warmup_steps} is not at least 2: with "

@@ -17,7 +17,7 @@ from hydratron.checkpoint.sharded import (
 from hydratron.checkpoint.source import TOKENIZER
 from hydratron.commands.configuration import build, check_devices
 from hydratron.commands.environment import cluster_environment
-from hydratron.commands.tracking import note, tracked
+from hydratron.commands.tracking import check_installed, note, tracked
 from hydratron.data.config import DataConfig
 from hydratron.launch import JobFailed
 from hydratron.models.config import ModelConfig
@@ -50,6 +50,7 @@ def prepare(config: Mapping[str, Any]) -> PretrainJob:
     trainer = build(TrainerConfig, config["trainer"], name="trainer")
     parallel = build(ParallelConfig, config["parallel"], name="parallel")
     check_devices(trainer, parallel.world_size)
+    check_installed(config["logger"])
     model.check_tensor_parallel(parallel.tensor_parallel_size)
     if optimizer.shard and trainer.precision == "16-mixed":
         raise ValueError("optimizer.shard works with every trainer.precision but 16-mixed")

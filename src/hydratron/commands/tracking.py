@@ -10,17 +10,16 @@ import os
 import platform
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from hydratron.arguments import InputError
 from hydratron.checkpoint.runs import FROZEN_CONFIG
 from hydratron.launch import TERMINATED, exit_status
 from hydratron.processes import world_size
@@ -52,22 +51,19 @@ def tracked(
     return outcome
 
 
-def build_loggers(node: Mapping[str, Any], run_dir: Path) -> list[Logger]:
-    """Instantiate the logger that the configuration names, if any; a W&B run starts here.
+def check_installed(node: Mapping[str, Any] | None) -> None:
+    """Raise ValueError where the group `logger` names what only an extra installs."""
+    is_tensorboard = (node or {}).get("_target_", "").endswith("TensorBoardLogger")
+    if is_tensorboard and not (find_spec("tensorboard") or find_spec("tensorboardX")):
+        raise ValueError('logger=tensorboard is not installed: pip install -e ".[tensorboard]"')
 
-    Raises:
-        InputError: its package is not installed.
-    """
+
+def build_loggers(node: Mapping[str, Any], run_dir: Path) -> list[Logger]:
+    """Instantiate the logger that the configuration names, if any; a W&B run starts here."""
     if "_target_" not in node:
         return []
     if not is_wandb(node):
-        try:
-            return [instantiate(node)]
-        except InstantiationException as error:
-            if not isinstance(error.__cause__, ImportError):
-                raise
-            missing = str(error.__cause__).splitlines()[0]
-            raise InputError(f"logger: {missing}") from error
+        return [instantiate(node)]
     logger: WandbLogger = instantiate(wandb_arguments(node, run_dir), _convert_="all")
     logger.log_hyperparams(describe(run_dir))
     return [logger]

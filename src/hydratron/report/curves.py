@@ -28,7 +28,7 @@ from hydratron.report.canvas import (
     save_figure,
     style_of,
 )
-from hydratron.report.groups import Group, Section, name_value, order_values
+from hydratron.report.groups import Group, Section, order_values
 from hydratron.report.published import BERT_LOSSES, count_parameters
 from hydratron.report.scaling import PowerLaw
 from hydratron.report.tables import name_metric
@@ -88,7 +88,7 @@ class Layout:
 
     def label(self, group: Group) -> str:
         """The group's name within its panel."""
-        return ", ".join(name_value(key, group.values[key]) for key in self.lines)
+        return ", ".join(self.section.name(key, group.values[key]) for key in self.lines)
 
     @cached_property
     def styles(self) -> dict[str, Style]:
@@ -102,7 +102,7 @@ class Layout:
 
     def title(self, panel: int) -> str:
         pairs = zip((self.row, self.column), self.panels[panel], strict=True)
-        return ", ".join(name_value(key, value) for key, value in pairs if key)
+        return ", ".join(self.section.name(key, value) for key, value in pairs if key)
 
 
 def assign_keys(section: Section, without: Sequence[str] = ()) -> Layout:

@@ -1,6 +1,8 @@
 """Runs that differ only in their seed, taken together: medians, ranges and how many diverged."""
 
+import contextlib
 import math
+import os
 import re
 import statistics
 from collections.abc import Sequence
@@ -41,9 +43,7 @@ def name_value(key: str, value: Any) -> str:
         return f"{value} layers"
     if key in ("task", "model", "size"):
         return f"{value}"
-    folders = str(value).split("/")  # of a path the last two say which
-    short = f"…/{'/'.join(folders[-2:])}" if len(folders) > 3 else format_number(value)
-    return f"{name_key(key)} {short}"
+    return f"{name_key(key)} {format_number(value)}"
 
 
 def name_key(key: str) -> str:
@@ -137,6 +137,15 @@ class Section:
     @property
     def runs(self) -> list[Run]:
         return [run for group in self.groups for run in group.runs]
+
+    def name(self, key: str, value: Any) -> str:
+        """A swept value in words; of paths, what lies below the folder that they share."""
+        paths = {str(group.values[key]) for group in self.groups if group.values[key]}
+        with contextlib.suppress(ValueError):  # some absolute, some not
+            shared = os.path.commonpath(paths)
+            if shared and len(paths) > 1 and str(value) in paths - {shared}:
+                value = os.path.relpath(value, shared)
+        return name_value(key, value)
 
     @cached_property
     def metrics(self) -> list[str]:

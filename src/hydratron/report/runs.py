@@ -377,9 +377,9 @@ def find_swept_keys(runs: Sequence[Run]) -> list[str]:
             keys.append(key)
     for key in list(keys):
         group = key.partition(".")[0]
-        is_within = key != group and group in keys and group in ("task", "data")
-        # where its files lie follows from which one it is
-        if is_within and _count_groups(runs, [group, key]) == _count_groups(runs, [group]):
+        is_place = key.endswith("path") and group != key and group in keys
+        # where a task's files lie follows from which one it is
+        if is_place and _count_groups(runs, [group, key]) == _count_groups(runs, [group]):
             keys.remove(key)
     if all(run.command != "benchmark" for run in runs):
         for key in COMPUTE_KEYS:

@@ -55,7 +55,7 @@ class TimingConfig:
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Optimizer steps that are thrown away, timed or profiled."""
         return self.warmup_steps + self.steps + self.profile_steps
 
 

@@ -1,6 +1,5 @@
 """The data module of finetuning: a task's splits, encoded once, in batches of similar length."""
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -9,13 +8,13 @@ from typing import Any
 
 import torch
 from pytorch_lightning import LightningDataModule
+from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, Sampler
 
 from hydratron.data.buckets import LengthBucketedSampler, collate
 from hydratron.data.encodings import cache_key, encode_cached
 from hydratron.data.tokenizer import PreTrainedTokenizerFast
 from hydratron.parallel.mesh import ParallelMesh
-from hydratron.processes import is_first_rank
 from hydratron.training.strategy import TensorParallelStrategy
 from hydratron.training.tasks import Split, Task
 
@@ -99,11 +98,10 @@ class TaskData(LightningDataModule):
         super().__init__()
         self.task, self.config, self.tokenizer, self.seed = task, config, tokenizer, seed
         self.max_seq_len = min(task.max_seq_len, max_positions)
-        if task.max_seq_len > max_positions and is_first_rank():
-            warnings.warn(
+        if task.max_seq_len > max_positions:
+            rank_zero_warn(
                 f"task.max_seq_len {task.max_seq_len} is cut to the {max_positions} positions that"
-                " the model has",
-                stacklevel=2,
+                " the model has"
             )
         self.splits = {group: self._read(group) for group in groups}
 

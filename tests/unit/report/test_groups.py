@@ -59,14 +59,17 @@ def test_scores_are_better_when_higher_and_compared_within_a_task(writer):
 
 
 def test_where_a_task_s_files_lie_tells_no_runs_apart_that_the_task_does(writer):
-    for task, checkpoint in product(("mnli", "qqp"), ("/a/b/runs/pre", "/a/b/runs/post")):
-        overrides = {"task": task, "task.train_path": f"/{task}.jsonl", "checkpoint": checkpoint}
-        overrides |= {"task.patience": "null" if "pre" in checkpoint else 2}
+    for task, placement in product(("mnli", "qqp"), ("pre", "post")):
+        overrides = {"task": task, "task.train_path": f"/{task}.jsonl"}
+        overrides |= {"checkpoint": f"/a/runs/{placement}/checkpoints/step-9"}
+        overrides |= {"task.epochs": 3 if task == "mnli" else 2}  # differs too, and has to be seen
         result = {"command": "finetune", "val/accuracy": 0.8}
-        writer.run(f"{task}{checkpoint[-3:]}", overrides, result=result)
+        writer.run(f"{task}{placement}", overrides, result=result)
     section = section_of(writer)
-    assert section.keys == ["task", "checkpoint", "task.patience"]
-    assert section.groups[-1].label == "qqp, checkpoint …/runs/pre, patience null"
+    assert section.keys == ["task", "checkpoint", "task.epochs"]
+    named = [section.name("checkpoint", group.values["checkpoint"]) for group in section.groups]
+    assert named == [f"checkpoint {p}/checkpoints/step-9" for p in ("post", "pre")] * 2
+    assert [section.name("task.epochs", n) for n in (3, None)] == ["epochs 3", "epochs null"]
 
 
 def test_a_larger_model_is_not_worse_for_being_slower(writer):
