@@ -22,8 +22,8 @@ def test_every_grid_prints_the_same_losses(in_process, tmp_path: Path, grid: str
     assert (metrics(tmp_path / grid)["train/loss"] - reference).abs().max() < 1e-5
 
 
-def test_a_run_directory_keeps_its_contract(hydratron, tmp_path: Path) -> None:
-    assert hydratron("pretrain", *TINY, "hydra.run.dir=run").returncode == 0
+def test_a_run_directory_keeps_its_contract(in_process, tmp_path: Path) -> None:
+    assert in_process("pretrain", *TINY, "hydra.run.dir=run").returncode == 0
     run = tmp_path / "run"
     found = result(run)
     expected = {

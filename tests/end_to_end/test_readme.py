@@ -39,7 +39,7 @@ def test_use_a_checkpoint_elsewhere(in_process, tmp_path: Path) -> None:
 def test_the_sweep_can_be_started_and_read(hydratron, tmp_path: Path) -> None:
     start, watch, read = commands("Sweeps")
     for words in (start, watch, read):
-        small = [*TINY[1:], "optimizer.lr=1e-3", "layernorm=pre", "seed=1,2"]
+        small = [*TINY[1:], "optimizer.lr=1e-3", "layernorm=pre", "seed=1"]
         done = hydratron(*words[1:], *(small if words[1] == "pretrain" else []))
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "outputs/ablation/report/loss_curves.png").is_file()

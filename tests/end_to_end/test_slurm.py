@@ -33,7 +33,7 @@ def assert_same_losses(run: pd.DataFrame, reference: pd.DataFrame, *, bound: flo
 
 
 def test_a_sweep_of_two_tasks_a_job_gives_the_losses_of_one_process(
-    hydratron, tmp_path: Path
+    hydratron, in_process, tmp_path: Path
 ) -> None:
     written, _ = commands("On a cluster")
     assert written[-2:] == ["parallel=tp2", "seed=1,2"]
@@ -44,7 +44,7 @@ def test_a_sweep_of_two_tasks_a_job_gives_the_losses_of_one_process(
         assert (found["status"], found["seed"]) == ("ok", seed)
         assert found["tensor_parallel_size"] == 2
         alone = [*POINT, f"seed={seed}", f"hydra.run.dir=alone{seed}"]
-        assert hydratron("pretrain", *TINY, *alone).returncode == 0
+        assert in_process("pretrain", *TINY, *alone).returncode == 0
         reference = metrics(tmp_path / f"alone{seed}")
         assert_same_losses(metrics(tmp_path / "sweep" / job), reference, bound=1e-5)
     logs = list(tmp_path.glob("sweep/.submitit/*/*_log.out"))

@@ -62,26 +62,23 @@ def test_sweep_over_world_sizes_gives_separate_correct_runs(hydratron, tmp_path:
         assert value == pytest.approx(loss[1, layernorm, seed], abs=1e-5)
 
 
-def test_a_failing_job_leaves_its_siblings_and_the_status_says_so(
+def test_a_failing_job_leaves_its_siblings_and_is_what_resuming_runs(
     hydratron, tmp_path: Path
 ) -> None:
     swept = ["parallel=tp2", "model.num_heads=1,4", *ONE]
     done = hydratron("pretrain", "-m", *TINY, *swept, "hydra.sweep.dir=sweep")
     assert done.returncode == 1
-    runs = [result(path.parent) for path in sorted(tmp_path.glob("sweep/*/result.json"))]
-    assert [run["status"] for run in runs] == ["failed", "ok"]
-    assert runs[0]["error"] == "num_heads 1 is not divisible by tensor_parallel_size 2"
-
-
-def test_resuming_a_sweep_runs_only_what_is_missing(hydratron, tmp_path: Path) -> None:
-    swept = ["pretrain", "-m", *TINY, *ONE[:2], "seed=1,2", "hydra.sweep.dir=sweep"]
-    assert hydratron(*swept).returncode == 0
-    before = (tmp_path / "sweep/0/result.json").stat().st_mtime_ns
-    (tmp_path / "sweep/1/result.json").unlink()
     definition = (tmp_path / "sweep/multirun.yaml").read_text()
-    assert hydratron("pretrain", "-m", "resume=sweep").returncode == 0
-    assert (tmp_path / "sweep/0/result.json").stat().st_mtime_ns == before
-    assert result(tmp_path / "sweep/1")["status"] == "ok"
+    before = results(tmp_path / "sweep")
+    assert [run["status"] for run in before] == ["failed", "ok"]
+    assert before[0]["error"] == "num_heads 1 is not divisible by tensor_parallel_size 2"
+    written = (tmp_path / "sweep/1/result.json").stat().st_mtime_ns
+    again = hydratron("pretrain", "-m", "resume=sweep", "parallel=single")
+    assert again.returncode == 0, again.stderr
+    after = results(tmp_path / "sweep")
+    assert [run["status"] for run in after] == ["ok", "ok"]
+    assert after[1] == before[1]
+    assert (tmp_path / "sweep/1/result.json").stat().st_mtime_ns == written
     assert (tmp_path / "sweep/multirun.yaml").read_text() == definition
 
 
