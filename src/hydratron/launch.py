@@ -256,8 +256,8 @@ def execute(job: Job) -> None:
         raise
     finally:
         if is_first_rank():
-            write_result(job, **outcome, duration_s=round(time.monotonic() - started, 3))
-            found = describe_outcome(read_result(job.run_dir))
+            duration = round(time.monotonic() - started, 3)
+            found = describe_outcome(write_result(job, **outcome, duration_s=duration))
             if outcome["status"] == "ok" and found:
                 print(f"{job.run_dir}: {found}", flush=True)
 

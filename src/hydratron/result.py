@@ -41,8 +41,8 @@ class Job:
     overrides: dict[str, str]
 
 
-def write_result(job: Job, **outcome: Any) -> None:
-    """Write `result.json` atomically; `outcome` has at least `status`."""
+def write_result(job: Job, **outcome: Any) -> dict[str, Any]:
+    """Write `result.json` atomically and return it; `outcome` has at least `status`."""
     parallel, model = (job.config.get(group) or {} for group in ("parallel", "model"))
     result = {
         "command": job.command,
@@ -61,6 +61,7 @@ def write_result(job: Job, **outcome: Any) -> None:
     temporary = job.run_dir / f"{RESULT}.tmp"
     temporary.write_text(json.dumps(result, indent=2) + "\n")
     os.replace(temporary, job.run_dir / RESULT)
+    return result
 
 
 def read_result(run_dir: Path) -> dict[str, Any]:
@@ -90,8 +91,7 @@ def completed_result(job: Job, *, returncode: int, duration: float) -> dict[str,
     failure = job.run_dir / FAILURE
     if failure.exists():
         error = json.loads(failure.read_text())["error"]
-    write_result(job, status="failed", error=error, duration_s=round(duration, 3))
-    return read_result(job.run_dir)
+    return write_result(job, status="failed", error=error, duration_s=round(duration, 3))
 
 
 def describe_outcome(result: dict[str, Any]) -> str:

@@ -65,7 +65,7 @@ def test_every_logger_composes() -> None:
 
 def test_indexed_data_needs_a_prefix_and_a_tokenizer() -> None:
     config = compose("pretrain", ["data=indexed"])
-    with pytest.raises(ValueError, match="is missing"):
+    with pytest.raises(ValueError, match="data.path= is missing"):
         instantiate(config)
     given = compose("pretrain", ["data=indexed", "data.path=corpus", "data.tokenizer=folder"])
     assert instantiate(given)["data"].source == "indexed"

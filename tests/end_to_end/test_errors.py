@@ -38,7 +38,7 @@ def corpus(tmp_path: Path) -> Path:
         (["trainer.precision=16-mixed"], "16-mixed needs a GPU"),
         (
             ["data.global_batch_size=33", "parallel=dp2"],
-            "33 is not divisible by data_parallel_size",
+            "global_batch_size 33 is not divisible by data_parallel_size 2",
         ),
         (["data=indexed"], "data.path= is missing"),
         (["resume=nowhere"], "resume=nowhere: there is no such directory"),

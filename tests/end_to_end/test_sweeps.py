@@ -79,6 +79,10 @@ def test_a_failing_job_leaves_its_siblings_and_is_what_resuming_runs(
     assert [run["status"] for run in after] == ["ok", "ok"]
     assert after[1] == before[1]
     assert (tmp_path / "sweep/1/result.json").stat().st_mtime_ns == written
+    (tmp_path / "sweep/1/result.json").unlink()  # a killed job leaves none
+    assert hydratron("pretrain", "-m", "resume=sweep", "parallel=single").returncode == 0
+    assert results(tmp_path / "sweep")[0] == after[0]
+    assert result(tmp_path / "sweep/1")["status"] == "ok"
     assert (tmp_path / "sweep/multirun.yaml").read_text() == definition
 
 

@@ -287,7 +287,9 @@ class ProgressLines(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, TrainingModule)
         if trainer.global_step:  # else nothing is trained here
-            self._print(trainer, pl_module, [k for k in pl_module.last_metrics if "val/" in k])
+            self._print(
+                trainer, pl_module, [k for k in pl_module.last_metrics if k.startswith("val/")]
+            )
 
     @staticmethod
     def _print(trainer: Trainer, module: TrainingModule, keys: Sequence[str]) -> None:
