@@ -25,7 +25,16 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from hydratron.arguments import InputError, override_dictionary
-from hydratron.checkpoint.runs import FROZEN_CONFIG
+from hydratron.checkpoint.runs import FROZEN_CONFIG, write_settings
+from hydratron.continuation import (
+    CONTINUES,
+    FINISHED,
+    check_identity,
+    job_directory,
+    settings_of,
+    sole_writer,
+    standing,
+)
 from hydratron.processes import (
     child_command,
     clean_environment,
@@ -77,6 +86,31 @@ class JobPreempted(JobFailed):
         return JobFailed, (str(self),), {"status": self.status}
 
 
+def unused_directory(path: str) -> str:
+    """Resolve a default directory: make `path`, or the first new one of `path`-2, `path`-3, ...
+
+    Runs that start in the same second get directories of their own. Processes that torchrun or
+    SLURM made for one run must agree on it, and take it as it is.
+    """
+    if is_external_launch():
+        return path
+    number = 1
+    while True:
+        found = path if number == 1 else f"{path}-{number}"
+        try:
+            Path(found).mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+        else:
+            return found
+
+
+# here and not in `main`: the processes of a parallel launcher import this module alone
+OmegaConf.register_new_resolver("slurm", slurm_resource, replace=True)
+OmegaConf.register_new_resolver("job_directory", job_directory, replace=True)
+OmegaConf.register_new_resolver("unused", unused_directory, replace=True, use_cache=True)
+
+
 def configuration_directory() -> Path:
     """Return the configuration tree: inside an installed package, else the checkout's `conf/`."""
     installed = Path(__file__).parent / "conf"
@@ -97,8 +131,6 @@ def main(command: str) -> None:
             failures.append(error)  # Hydra would print its own lines around a single run's
             return None
 
-    OmegaConf.register_new_resolver("slurm", slurm_resource, replace=True)
-    OmegaConf.register_new_resolver("plus", lambda a, b: a + b, replace=True)
     # what SLURM's launcher of conf/ leaves out is to come from the plugin's of the same name
     warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/submitit_slurm' is validated")
     tree = str(configuration_directory())
@@ -123,33 +155,41 @@ def launch(command: str, config: DictConfig) -> float | None:
     is_sweep = hydra_config.mode == RunMode.MULTIRUN
     if is_sweep:
         check_launcher(hydra_config)
-    if is_sweep and config.get("resume") and read_result(run_dir).get("status") == "ok":
+    OmegaConf.resolve(config)
+    plain = cast(dict[str, Any], OmegaConf.to_container(config))
+    job = Job(command, run_dir, plain, override_dictionary(list(hydra_config.overrides.task)))
+    with sole_writer(run_dir) if is_first_rank() else contextlib.nullcontext():
+        found = standing(job, resumed=bool(config.get("resume")))
+        if found == FINISHED:
+            if is_first_rank():
+                done = f"{job_line(job, read_result(run_dir))}  (done before)"
+                alone = f"{run_dir} has ended well; a larger trainer.max_steps= goes on"
+                print(done if is_sweep else alone, flush=True)
+            return objective(run_dir)
+        is_local = not is_sweep and not is_external_launch() and num_local_devices(plain) == 1
+        # what an earlier run wrote is changed only when the job is known to be right
+        prepared = check(job, has_run=True) if found == CONTINUES else None
+        if is_first_rank():
+            freeze(job, config, hydra_config)
+        if "submitit" in hydra_config.launcher._target_:
+            # inherited from where the sweep was started, it would be the port of all jobs on a node
+            os.environ.pop("MASTER_PORT", None)
+            execute_as_one_of_many(job)
+        elif is_external_launch():
+            execute_as_one_of_many(job)
+        elif is_sweep:
+            try:
+                run_children(job, log=run_dir / OUTPUT)
+            finally:
+                if hydra_config.job.num == 0 and any(run_dir.glob(OFFLINE_RUNS)):
+                    print(sync_command(Path(hydra_config.sweep.dir) / "*"), flush=True)
+        elif is_local:
+            forget_outcome(job)
+            execute(job, prepared)
+        else:
+            prepared = prepared or check(job)
+            run_children(job, log=None)
         return objective(run_dir)
-    job = Job(
-        command,
-        run_dir,
-        freeze(config, run_dir),
-        override_dictionary(list(hydra_config.overrides.task)),
-    )
-    if "submitit" in hydra_config.launcher._target_:
-        # inherited from where the sweep was started, it would be the port of all jobs on a node
-        os.environ.pop("MASTER_PORT", None)
-        execute_as_one_of_many(job)
-    elif is_external_launch():
-        execute_as_one_of_many(job)
-    elif is_sweep:
-        try:
-            run_children(job, log=run_dir / OUTPUT)
-        finally:
-            if hydra_config.job.num == 0 and any(run_dir.glob(OFFLINE_RUNS)):
-                print(sync_command(Path(hydra_config.sweep.dir) / "*"), flush=True)
-    elif num_local_devices(job.config) > 1:
-        check(job)
-        run_children(job, log=None)
-    else:
-        forget_outcome(job)
-        execute(job)
-    return objective(run_dir)
 
 
 def check_launcher(hydra_config: Any) -> None:
@@ -172,22 +212,33 @@ def objective(run_dir: Path) -> float | None:
     return read_result(run_dir).get("val/loss")
 
 
-def freeze(config: DictConfig, run_dir: Path) -> dict[str, Any]:
-    """Resolve every interpolation once and leave the result where worker processes read it."""
-    OmegaConf.resolve(config)
-    path = run_dir / FROZEN_CONFIG
-    path.parent.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(config, path)
-    return cast(dict[str, Any], OmegaConf.to_container(config))
+def freeze(job: Job, config: DictConfig, hydra_config: Any) -> None:
+    """Write what the job is, where Hydra would have written it before anything was checked, and
+    the resolved configuration for worker processes.
+    """
+    directory = job.run_dir / ".hydra"
+    directory.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(config, job.run_dir / FROZEN_CONFIG)
+    OmegaConf.save(OmegaConf.create({"hydra": hydra_config}), directory / "hydra.yaml")
+    OmegaConf.save(hydra_config.overrides.task, directory / "overrides.yaml")
+    write_settings(job.run_dir, settings_of(job))
 
 
-def check(job: Job) -> None:
-    """Raise InputError for wrong input before any worker exists."""
+def check(job: Job, *, has_run: bool = False) -> Any:
+    """Return the command's checked job, made before any worker exists.
+
+    Raises:
+        InputError: wrong input, or (`has_run`) other data than the directory's run was trained on.
+    """
     try:
-        importlib.import_module(f"hydratron.commands.{job.command}").prepare(job.config)
+        prepared = importlib.import_module(f"hydratron.commands.{job.command}").prepare(job.config)
     except ValueError as error:
-        write_result(job, status="failed", error=str(error), duration_s=0.0)
+        if not has_run:
+            write_result(job, status="failed", error=str(error), duration_s=0.0)
         raise InputError(str(error)) from error
+    if has_run:
+        check_identity(job.run_dir, prepared.describe()["identity"])
+    return prepared
 
 
 def execute_as_one_of_many(job: Job) -> None:
@@ -226,8 +277,11 @@ def forget_outcome(job: Job) -> None:
         (job.run_dir / name).unlink(missing_ok=True)
 
 
-def execute(job: Job) -> None:
-    """Run the job in this process and, on rank 0, write its `result.json`, also on failure."""
+def execute(job: Job, prepared: Any = None) -> None:
+    """Run the job in this process and, on rank 0, write its `result.json`, also on failure.
+
+    `prepared` is what `check` returned, where it was called already.
+    """
     started = time.monotonic()
     outcome: dict[str, Any] = {"status": "failed"}
     signal.signal(signal.SIGTERM, stop_at_once)  # until training begins and can checkpoint
@@ -235,7 +289,7 @@ def execute(job: Job) -> None:
         module = importlib.import_module(f"hydratron.commands.{job.command}")
         quiet_libraries()  # after the import: Lightning sets its own level
         try:
-            prepared = module.prepare(job.config)
+            prepared = prepared or module.prepare(job.config)
         except ValueError as error:
             raise InputError(str(error)) from error
         outcome = {"status": "ok"} | module.run(prepared, job.run_dir)

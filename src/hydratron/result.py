@@ -28,6 +28,7 @@ TIMINGS = (
     "peer/step_ms",
     "perf/ratio_to_peer",
 )
+NOT_FINITE = (float("inf"), float("-inf"))
 PACKAGES = ("torch", "pytorch-lightning", "transformers")
 
 
@@ -58,16 +59,25 @@ def write_result(job: Job, **outcome: Any) -> dict[str, Any]:
         "size": job.config.get("size"),
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     } | outcome
+    # JSON has no NaN
+    result = {k: None if v in NOT_FINITE or v != v else v for k, v in result.items()}
     temporary = job.run_dir / f"{RESULT}.tmp"
-    temporary.write_text(json.dumps(result, indent=2) + "\n")
+    temporary.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
     os.replace(temporary, job.run_dir / RESULT)
     return result
 
 
 def read_result(run_dir: Path) -> dict[str, Any]:
-    """Return what `result.json` says, an empty dictionary where there is none."""
+    """Return what `result.json` says, an empty dictionary where there is none.
+
+    A file that is damaged says that its status is `unreadable`.
+    """
     path = run_dir / RESULT
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        result = json.loads(path.read_bytes()) if path.exists() else {}
+    except (ValueError, RecursionError):
+        result = None
+    return result if isinstance(result, dict) else {"status": "unreadable"}
 
 
 def note_failure(run_dir: Path, text: str) -> str:
@@ -114,9 +124,9 @@ def describe_outcome(result: dict[str, Any]) -> str:
 def job_line(job: Job, result: dict[str, Any]) -> str:
     """Return one line about a finished job of a sweep."""
     settings = " ".join(f"{key}={value}" for key, value in job.overrides.items())
-    seconds = f"{result['duration_s']:.0f} s"
+    seconds = f"{result.get('duration_s') or 0:.0f} s"
     found = describe_outcome(result)
-    return f"job {job.run_dir.name}: {result['status']}  {settings}  {found}  {seconds}"
+    return f"job {job.run_dir.name}: {result.get('status')}  {settings}  {found}  {seconds}"
 
 
 def sync_command(directory: Path) -> str:

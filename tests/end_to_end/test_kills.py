@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hydratron.checkpoint.sharded import newest_checkpoint
+from hydratron.checkpoint.manifest import newest_checkpoint
 from tests.end_to_end.conftest import TINY, metrics, result, wait_until_gone
 
 # a checkpoint at every step: about half of the time is spent in saving

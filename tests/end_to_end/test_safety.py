@@ -11,7 +11,8 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from hydratron.checkpoint.sharded import CheckpointError, bytes_per_parameter, check_space
+from hydratron.checkpoint.manifest import CheckpointError
+from hydratron.checkpoint.sharded import bytes_per_parameter, check_space
 from hydratron.result import note_failure
 from hydratron.training.callbacks import LossSpikes
 from hydratron.training.module import TrainingModule
