@@ -55,10 +55,12 @@ def sole_writer(run_dir: Path) -> Iterator[None]:
             file.seek(0)
             holder = file.read() or "another process"
             raise InputError(f"{run_dir} is being written by {holder}") from error
-        file.truncate(0)
         now = datetime.datetime.now().isoformat(" ", "seconds")
-        file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}")
-        file.flush()
+        holder = f"process {os.getpid()} on {socket.gethostname()} since {now}"
+        with contextlib.suppress(OSError):  # a full disk: the lock holds, who holds it is not said
+            # through this descriptor: closing any other one of the file would give the lock up
+            os.ftruncate(file.fileno(), 0)
+            os.pwrite(file.fileno(), holder.encode(), 0)
         yield
 
 

@@ -155,6 +155,7 @@ def launch(command: str, config: DictConfig) -> float | None:
     is_sweep = hydra_config.mode == RunMode.MULTIRUN
     if is_sweep:
         check_launcher(hydra_config)
+    composed = OmegaConf.to_yaml(config)
     OmegaConf.resolve(config)
     plain = cast(dict[str, Any], OmegaConf.to_container(config))
     job = Job(command, run_dir, plain, override_dictionary(list(hydra_config.overrides.task)))
@@ -170,7 +171,7 @@ def launch(command: str, config: DictConfig) -> float | None:
         # what an earlier run wrote is changed only when the job is known to be right
         prepared = check(job, has_run=True) if found == CONTINUES else None
         if is_first_rank():
-            freeze(job, config, hydra_config)
+            freeze(job, composed, hydra_config)
         if "submitit" in hydra_config.launcher._target_:
             # inherited from where the sweep was started, it would be the port of all jobs on a node
             os.environ.pop("MASTER_PORT", None)
@@ -212,16 +213,20 @@ def objective(run_dir: Path) -> float | None:
     return read_result(run_dir).get("val/loss")
 
 
-def freeze(job: Job, config: DictConfig, hydra_config: Any) -> None:
+def freeze(job: Job, composed: str, hydra_config: Any) -> None:
     """Write what the job is, where Hydra would have written it before anything was checked, and
     the resolved configuration for worker processes.
     """
     directory = job.run_dir / ".hydra"
-    directory.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(config, job.run_dir / FROZEN_CONFIG)
-    OmegaConf.save(OmegaConf.create({"hydra": hydra_config}), directory / "hydra.yaml")
-    OmegaConf.save(hydra_config.overrides.task, directory / "overrides.yaml")
-    write_settings(job.run_dir, settings_of(job))
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.yaml").write_text(composed)
+        OmegaConf.save(OmegaConf.create(dict(job.config)), job.run_dir / FROZEN_CONFIG)
+        OmegaConf.save(OmegaConf.create({"hydra": hydra_config}), directory / "hydra.yaml")
+        OmegaConf.save(hydra_config.overrides.task, directory / "overrides.yaml")
+        write_settings(job.run_dir, settings_of(job))
+    except OSError as error:
+        raise InputError(f"{directory}: cannot be written to: {error.strerror}") from error
 
 
 def check(job: Job, *, has_run: bool = False) -> Any:
