@@ -1,12 +1,10 @@
 """Raw text to an indexed corpus: files, documents, sentences, tokens, in a shared cache."""
 
-import gzip
 import hashlib
 import json
 import re
 import shutil
 import uuid
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from hydratron.data.files import TEXT_ENDINGS, list_files, read_text
 from hydratron.data.indexed import IndexedCorpus, IndexedWriter
 from hydratron.data.tokenizer import (
     TOKENIZER_KINDS,
@@ -117,34 +116,12 @@ def split_sentences(text: str) -> list[str]:
 
 
 def read_text_folder(path: str | Path) -> Iterator[tuple[Path, str]]:
-    """(file, text) for each *.txt and *.txt.gz at or below `path`, sorted.
+    """(file, text) for each text file at or below `path`, or that a pattern matches, sorted.
 
-    `path` may be one such file. ValueError for a folder that does not exist or holds no such file,
-    for a broken gzip file, and for text that is not UTF-8, with the position of the first offending
-    byte.
+    ValueError as list_files and read_text.
     """
-    path = Path(path)
-    if not path.exists():
-        raise ValueError(f"{path}: no such file or folder")
-    candidates = [path] if path.is_file() else sorted(path.rglob("*"))
-    files = [f for f in candidates if f.name.endswith((".txt", ".txt.gz")) and f.is_file()]
-    if not files:
-        raise ValueError(f"{path}: no *.txt or *.txt.gz file in it")
-    return ((file, _read_text(file)) for file in files)
-
-
-def _read_text(file: Path) -> str:
-    raw = file.read_bytes()
-    if file.suffix == ".gz":
-        try:
-            raw = gzip.decompress(raw)
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise ValueError(f"{file}: not a complete gzip file: {error}") from error
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8 at byte {error.start}: {error.reason}") from error
-    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+    files = list_files(path, TEXT_ENDINGS)
+    return ((file, read_text(file)) for file in files)
 
 
 @dataclass(frozen=True)

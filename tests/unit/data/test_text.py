@@ -109,7 +109,8 @@ def test_a_folder_is_read_in_order_with_its_compressed_files(tmp_path: Path) -> 
     (tmp_path / "b" / "two.txt.gz").write_bytes(gzip.compress(b"zwei\r\n"))
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfeins")
     (tmp_path / "ignored.md").write_text("no")
-    found = [(file.name, content) for file, content in read_text_folder(tmp_path)]
+    with pytest.warns(UserWarning, match=r"2 files are read, left out: .*ignored\.md$"):
+        found = [(file.name, content) for file, content in read_text_folder(tmp_path)]
     assert found == [("a.txt", "eins"), ("two.txt.gz", "zwei\n")]
     assert [content for _, content in read_text_folder(tmp_path / "a.txt")] == ["eins"]
 
@@ -117,13 +118,13 @@ def test_a_folder_is_read_in_order_with_its_compressed_files(tmp_path: Path) -> 
 def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"absent: no such file or folder"):
         read_text_folder(tmp_path / "absent")
-    with pytest.raises(ValueError, match=r"no \*\.txt"):
+    with pytest.raises(ValueError, match=r"no file ending in \.txt"):
         read_text_folder(tmp_path)
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1") + b"...")
     with pytest.raises(ValueError, match=r"latin\.txt: not UTF-8 at byte 3"):
         list(read_text_folder(tmp_path))
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"text")[:-6])
-    with pytest.raises(ValueError, match=r"a\.txt\.gz: not a complete gzip file"):
+    with pytest.raises(ValueError, match=r"a\.txt\.gz: broken after byte 4 .* truncated"):
         list(read_text_folder(tmp_path))
 
 
