@@ -27,7 +27,7 @@ def has_ending(file: Path, endings: Sequence[str]) -> bool:
     return name.endswith(tuple(endings))
 
 
-def list_files(path: str | Path, endings: Sequence[str]) -> list[Path]:
+def find_files(path: str | Path, endings: Sequence[str]) -> list[Path]:
     """List the files with these endings at or below `path`, sorted; a warning names the others.
 
     `path` is a folder, a file or a pattern with `*`, `?` and `**`. A file that it names is read

@@ -10,7 +10,7 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from hydratron.data.files import (
     JSON_ENDINGS,
     TEXT_ENDINGS,
-    list_files,
+    find_files,
     read_json_lines,
     read_text,
 )
@@ -44,6 +44,11 @@ class Shard(NamedTuple):
     stop: int = 0
 
 
+def list_files(source: Source) -> list[Path]:
+    """The files of a source, sorted; ValueError as find_files."""
+    return find_files(source.path, _ENDINGS[source.kind])
+
+
 def plan_shards(name: str, source: Source, *, shard_bytes: int, shard_rows: int) -> list[Shard]:
     """Cut a source into consecutive shards, a function of its files' names and sizes only."""
     if source.kind == "huggingface":
@@ -52,7 +57,7 @@ def plan_shards(name: str, source: Source, *, shard_bytes: int, shard_rows: int)
         return [Shard(name, [], start, min(start + shard_rows, rows)) for start in starts]
     shards: list[Shard] = []
     room = 0
-    for file in list_files(source.path, _ENDINGS[source.kind]):
+    for file in list_files(source):
         size = file.stat().st_size * (3 if file.suffix.lower() in (".gz", ".zst") else 1)
         if not shards or size > room:
             shards.append(Shard(name, []))

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from hydratron.data.files import TEXT_ENDINGS, list_files, read_text
+from hydratron.data.files import TEXT_ENDINGS, find_files, read_text
 from hydratron.data.indexed import IndexedCorpus, IndexedWriter
 from hydratron.data.tokenizer import (
     TOKENIZER_KINDS,
@@ -118,9 +118,9 @@ def split_sentences(text: str) -> list[str]:
 def read_text_folder(path: str | Path) -> Iterator[tuple[Path, str]]:
     """(file, text) for each text file at or below `path`, or that a pattern matches, sorted.
 
-    ValueError as list_files and read_text.
+    ValueError as find_files and read_text.
     """
-    files = list_files(path, TEXT_ENDINGS)
+    files = find_files(path, TEXT_ENDINGS)
     return ((file, read_text(file)) for file in files)
 
 
