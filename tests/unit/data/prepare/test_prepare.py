@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -112,15 +113,50 @@ def test_a_file_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_weights_of_now_go_before_those_of_the_manifest(tmp_path: Path) -> None:
-    sources = {n: {"tokens": t, "weight": w} for n, t, w in [("a", 30, 0.5), ("b", 10, 0.5)]}
-    manifest = Manifest({}, "", sources, {})
-    assert manifest.weights({}, tmp_path) == {"a": 0.5, "b": 0.5}
-    assert manifest.weights({"a": 0.9, "b": None}, tmp_path) == {"a": 0.9, "b": 0.5}
-    sources["b"]["weight"] = None
-    assert manifest.weights({}, tmp_path) == {"a": 30.0, "b": 10.0}
-    with pytest.raises(ValueError, match="holds the sources a, b, not c"):
-        manifest.weights({"c": 1.0}, tmp_path)
+def weigh(a: float | None, b: float | None, wanted: dict[str, Any]) -> dict[str, float]:
+    sources = {"a": {"tokens": 30, "weight": a}, "b": {"tokens": 10, "weight": b}}
+    return Manifest({}, "", sources, {}).weights(wanted, Path("folder"))
+
+
+def test_weights_of_now_go_before_those_of_the_manifest() -> None:
+    assert weigh(0.5, 0.5, {}) == {"a": 0.5, "b": 0.5}
+    assert weigh(0.5, 0.5, {"a": 0.9, "b": None}) == {"a": 0.9, "b": 0.5}
+    assert weigh(None, None, {"a": 0.9, "b": 1}) == {"a": 0.9, "b": 1.0}
+    assert weigh(None, None, {}) == {"a": 30.0, "b": 10.0}
+
+
+def test_a_source_of_weight_0_is_left_out() -> None:
+    assert weigh(0.7, 0.3, {"a": None, "b": 0}) == {"a": 0.7}
+    assert weigh(None, None, {"a": 0.0, "b": None}) == {"b": 10.0}
+
+
+@pytest.mark.parametrize(
+    ("prepared", "wanted", "message"),
+    [
+        ((0.7, None), {}, "data.sources.b.weight is missing where a has one: each source has"),
+        ((None, None), {"a": None, "b": 0.1}, "data.sources.a.weight is missing where b has"),
+        ((0.7, 0.3), {"a": "abc", "b": None}, "data.sources.a.weight 'abc' is not a number"),
+        ((0.7, 0.3), {"a": -1, "b": None}, "data.sources.a.weight -1 is not a number from 0 up"),
+        ((0.7, 0.3), {"a": None, "b": float("nan")}, "data.sources.b.weight nan is not a number"),
+        ((0.7, 0.3), {"a": float("inf"), "b": 1}, "data.sources.a.weight inf is not a number"),
+        ((0.7, 0.3), {"a": True, "b": 1}, "data.sources.a.weight True is not a number"),
+        ((0.7, 0.3), {"a": 0, "b": 0}, "folder: each of its sources has the weight 0"),
+        ((0.7, 0.3), {"c": 1.0}, "holds the sources a, b, not c"),
+    ],
+)
+def test_a_weight_that_says_nothing_is_refused(
+    prepared: tuple[float | None, float | None], wanted: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        weigh(*prepared, wanted)
+
+
+def test_a_preparation_with_one_weight_of_two_is_refused(corpus: CorpusConfig) -> None:
+    wiki = corpus.sources["wiki"]
+    with pytest.raises(ValueError, match="data.sources.b.weight is missing where a has one"):
+        replace(corpus, sources={"a": replace(wiki, weight=0.7), "b": wiki})
+    with pytest.raises(ValueError, match="weight inf of a source is not positive"):
+        replace(wiki, weight=float("inf"))
 
 
 @pytest.mark.parametrize("command", ["prepare", "pretrain"])
