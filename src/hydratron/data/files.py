@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from glob import glob
@@ -126,6 +127,20 @@ def file_hash(file: Path) -> str:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         raise ValueError(f"{file}: cannot be read: {error.strerror}") from error
+
+
+def make_cache_folder(folder: Path) -> None:
+    """Make `data.cache_dir` where it is missing.
+
+    Raises:
+        ValueError: it cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"data.cache_dir {folder}: cannot be made: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"data.cache_dir {folder}: cannot be written to")
 
 
 def _lines(file: Path) -> Iterator[tuple[int, bytes]]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from hydratron.data.files import TEXT_ENDINGS, find_files, read_text
+from hydratron.data.files import TEXT_ENDINGS, find_files, make_cache_folder, read_text
 from hydratron.data.indexed import IndexedCorpus, IndexedWriter
 from hydratron.data.tokenizer import (
     TOKENIZER_KINDS,
@@ -153,7 +153,8 @@ def prepare_text_corpus(
     sequence of the corpus is a sentence, or else a document. The result is a folder of `cache_dir`,
     written elsewhere and renamed when complete: several processes may prepare it at once, the first
     wins, and it never changes. ValueError for a loaded tokenizer with more than `vocab_size`
-    entries, and as read_text_folder and load_tokenizer.
+    entries, a text without a token, a cache that cannot be written to, and as read_text_folder and
+    load_tokenizer.
     """
     path = Path(path) if path is not None else _SHIPPED
     settings = {"format": _CACHE_FORMAT, "split_into_sentences": split_into_sentences}
@@ -174,13 +175,14 @@ def prepare_text_corpus(
         make = partial(load_tokenizer, tokenizer)
     folder = Path(cache_dir) / _content_hash(path, settings)[:16]
     if not folder.is_dir():
+        make_cache_folder(folder.parent)
         building = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.tmp")
         try:
             _build(path, building, make(), split_into_sentences)
             building.rename(folder)
-        except OSError:
+        except OSError as error:
             if not folder.is_dir():  # if it is one, another process was faster
-                raise
+                raise OSError(error.errno, error.strerror, str(building)) from error
         finally:
             shutil.rmtree(building, ignore_errors=True)
     corpus = IndexedCorpus(folder / "corpus")
@@ -211,9 +213,13 @@ def _build(
     with IndexedWriter(
         folder / "corpus", np.uint16 if len(tokenizer) < 65_500 else np.int32
     ) as writer:
+        num_documents = 0
         for sentences in encode_documents(tokenizer, documents):
             if any(map(len, sentences)):
                 writer.add_document(sentences)
+                num_documents += 1
+        if not num_documents:
+            raise ValueError(f"{path}: no document is left of it, there is nothing to tokenise")
 
 
 def first_characters(texts: Iterable[str], left: int = TRAINING_CHARACTERS) -> Iterator[str]:
