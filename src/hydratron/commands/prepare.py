@@ -9,12 +9,8 @@ from typing import Any
 from hydratron.commands.configuration import build
 from hydratron.data.config import DataConfig
 from hydratron.data.deduplication import NearDuplicates
-from hydratron.data.prepare import (
-    ExecutorConfig,
-    Preparation,
-    check_preparation,
-    prepare_corpus,
-)
+from hydratron.data.executors import ExecutorConfig
+from hydratron.data.prepare import Preparation, check_preparation, prepare_corpus
 from hydratron.data.sources import CorpusConfig, Source, StepsConfig
 from hydratron.launch import JobFailed
 

@@ -73,10 +73,15 @@ def find_files(path: str | Path, endings: Sequence[str]) -> list[Path]:
         if set(JSON_ENDINGS).isdisjoint(endings) and has_ending(file, JSON_ENDINGS):
             raise ValueError(f"{file}: JSON, not text: a source of `kind: jsonl` reads it")
     if left_out:
-        names = ", ".join(map(str, list(left_out)[:_NAMED_AT_MOST]))
-        more = f" and {len(left_out) - _NAMED_AT_MOST} more" * (len(left_out) > _NAMED_AT_MOST)
-        warn(f"{path}: {len(files)} files are read, left out: {names}{more}", stacklevel=2)
+        names = name_some(list(map(str, left_out)))
+        warn(f"{path}: {len(files)} files are read, left out: {names}", stacklevel=2)
     return list(files.values())
+
+
+def name_some(names: Sequence[str]) -> str:
+    """Return the first few names and how many more there are."""
+    rest = len(names) - _NAMED_AT_MOST
+    return ", ".join(names[:_NAMED_AT_MOST]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def read_text(file: Path) -> str:

@@ -7,7 +7,7 @@ machine or the number of workers.
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,14 +21,17 @@ _FORMAT = 1
 class Manifest:
     """What a prepared folder holds.
 
-    `settings`: everything that decides its content. `sources`: by name, tokens, documents, weight,
-    home and licence. `steps`: by source and step, documents and bytes in and out.
+    `settings`: everything that decides its content, with `inputs`: by source or step, the bytes and
+    SHA-256 of each file that was read; none in a folder made before they were recorded. `sources`:
+    by name, tokens, documents, the SHA-256 of .bin and .idx, weight, home and licence. `steps`: by
+    source and step, documents and bytes in and out.
     """
 
     settings: dict[str, Any]
     tokenizer_sha256: str
     sources: dict[str, dict[str, Any]]
     steps: dict[str, dict[str, dict[str, int]]]
+    inputs: dict[str, dict[str, Any]] = field(default_factory=dict)
     format: int = _FORMAT
 
     @classmethod
