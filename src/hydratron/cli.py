@@ -57,6 +57,7 @@ def main() -> None:
         elif command in HYDRA_COMMANDS:
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing
             rest = given[1:]
+            arguments.refuse_unclear(command, rest)
             if finished := arguments.finished_run(command, rest):
                 if is_first_rank():
                     print(f"{finished} has ended well; a larger trainer.max_steps= goes on")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hydratron.checkpoint.peer import build_peer, peer_batch
+from hydratron.checkpoint.peer import build_peer, check_peer, peer_batch
 from hydratron.commands import pretrain
 from hydratron.commands.environment import cluster_environment
 from hydratron.perf.devices import peak_tflops
@@ -33,7 +33,9 @@ def prepare(config: Mapping[str, Any]) -> BenchmarkJob:
     # the last step is logged, and so comes after those that are timed and profiled
     last = timing.total_steps + 1
     settings = {"max_steps": last, "log_every": last, "max_skipped_steps": last}
-    job = pretrain.prepare(dict(config) | {"trainer": config["trainer"] | settings})
+    unused = {"validation_samples": 1}
+    groups = {"trainer": config["trainer"] | settings, "data": config["data"] | unused}
+    job = pretrain.prepare(dict(config) | groups)
     if job.trainer.cuda_graphs and timing.warmup_steps < 2:
         raise ValueError(
             f"timing.warmup_steps {timing.warmup_steps} is not at least 2: with "
@@ -41,6 +43,8 @@ def prepare(config: Mapping[str, Any]) -> BenchmarkJob:
         )
     if timing.peer and job.parallel.world_size > 1:
         raise ValueError(f"timing.peer {timing.peer} runs on one device: it needs parallel=single")
+    if timing.peer:
+        check_peer(job.module.model_config)
     return BenchmarkJob(job, timing)
 
 

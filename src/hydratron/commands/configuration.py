@@ -6,9 +6,19 @@ from typing import Annotated, Any
 
 from omegaconf import OmegaConf
 
-from hydratron.settings import Count, GroupSize, Seed, Text, convert, one_of
+from hydratron.settings import (
+    BatchSize,
+    Count,
+    GroupSize,
+    Seed,
+    ShareBelowOne,
+    Text,
+    convert,
+    one_of,
+)
 
-# also the sizes that are read to count the processes of a job, before its command checks it
+# also what is read beside the settings' dataclasses: sizes that count the processes of a job, and
+# what finetune and evaluate choose anew of a pretrained network
 KEYS = {
     "seed": Seed,
     "rows": Count,
@@ -19,6 +29,10 @@ KEYS = {
     "parallel.data_parallel_size": GroupSize,
     "trainer.num_nodes": GroupSize,
     "trainer.devices": GroupSize | None,
+    "data.evaluation_batch_size": BatchSize,
+    "model.hidden_dropout": ShareBelowOne | None,
+    "model.attention_dropout": ShareBelowOne | None,
+    "model.path": Text | None,
 } | dict.fromkeys(("checkpoint", "tokenizer", "output", "calibration", "resume"), Text | None)
 
 

@@ -32,22 +32,16 @@ def prepare(config: Mapping[str, Any]) -> PreparedJob:
     batches = build(BatchConfig, config["data"], name="data")
     optimizer = build(OptimizerConfig, config["optimizer"], name="optimizer")
     parallel = build(ParallelConfig, config["parallel"], name="parallel")
-    build_settings(config["trainer"], epochs=1, epoch=1).local_devices(parallel.world_size)
     batches.local_batch_size(parallel.data_parallel_size)
     source, tokenizer = open_source(config, task)
     limits = {"max_positions": source.max_positions, "seed": config["seed"]}
     data = TaskData(task, batches, tokenizer, groups=("train", "validation"), **limits)
     epoch = data.steps_per_epoch(parallel.data_parallel_size)
-    trainer = build_settings(config["trainer"], epochs=task.epochs, epoch=epoch)
+    lengths = {"max_steps": task.epochs * epoch, "val_every": epoch, "checkpoint_every": epoch}
+    trainer = build(TrainerConfig, fill(config["trainer"], lengths), name="trainer")
+    trainer.local_devices(parallel.world_size)
     job = FinetuneJob(trainer, parallel, optimizer, source, data, config["seed"])
     return PreparedJob(job, config["logger"])
-
-
-def build_settings(node: Mapping[str, Any], *, epochs: int, epoch: int) -> TrainerConfig:
-    """Return the settings of `trainer`; null lengths are those of `epoch` steps each."""
-    lengths = {"max_steps": epochs * epoch, "val_every": epoch, "checkpoint_every": epoch}
-    is_gpu = node.get("accelerator") == "gpu"
-    return build(TrainerConfig, fill(node, lengths | {"cuda_graphs": is_gpu}), name="trainer")
 
 
 def run(prepared: PreparedJob, run_dir: Path) -> dict[str, Any]:

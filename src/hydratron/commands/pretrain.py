@@ -30,6 +30,8 @@ from hydratron.training.optimisation import OptimizerConfig
 from hydratron.training.pretraining import PretrainingModule, num_parameters
 from hydratron.training.trainer import CHECKPOINTS, build_trainer
 
+SHORT_VALIDATION = 2**16  # samples
+
 
 @dataclass(frozen=True)
 class PretrainJob:
@@ -52,6 +54,7 @@ def prepare(config: Mapping[str, Any]) -> PretrainJob:
     check_devices(trainer, parallel.world_size)
     check_installed(config["logger"])
     model.check_tensor_parallel(parallel.tensor_parallel_size)
+    check_validation(data, num_steps=trainer.max_steps)
     if optimizer.shard and trainer.precision == "16-mixed":
         raise ValueError("optimizer.shard works with every trainer.precision but 16-mixed")
     return PretrainJob(
@@ -71,10 +74,20 @@ def prepare(config: Mapping[str, Any]) -> PretrainJob:
             compile=trainer.compile,
             fp8=trainer.precision == "fp8",
             interleave=parallel.interleave,
-            cuda_graphs=trainer.cuda_graphs,
+            cuda_graphs=bool(trainer.cuda_graphs),
         ),
         loggers=config["logger"],
     )
+
+
+def check_validation(data: DataConfig, *, num_steps: int) -> None:
+    """Raise ValueError where one validation would be longer than training, and not a short one."""
+    trained = num_steps * data.global_batch_size
+    if data.validation_samples > max(trained, SHORT_VALIDATION):
+        raise ValueError(
+            f"data.validation_samples {data.validation_samples} is more than the {trained} samples"
+            f" that the run trains on; up to {SHORT_VALIDATION} are always allowed"
+        )
 
 
 def run(job: PretrainJob, run_dir: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The settings of pretraining's data, free of the libraries that read it: a plan needs no more."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any
 
 from hydratron.data.bert import most_masked
@@ -15,6 +16,16 @@ from hydratron.settings import (
     check,
     one_of,
 )
+
+
+def cache_folder(cache_dir: str) -> Path:
+    """Return the folder that `data.cache_dir` names, and make it; ValueError where that fails."""
+    folder = Path(cache_dir).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"data.cache_dir {cache_dir!r}: {error.strerror}") from error
+    return folder
 
 
 @dataclass(frozen=True)

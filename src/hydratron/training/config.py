@@ -43,7 +43,7 @@ class TrainerConfig:
     `log_layer_norms` adds each layer's gradient norm to the logged rows. `async_checkpoints` saves
     in a thread while training goes on. A run in which more than `max_skipped_steps` steps had a
     non-finite loss or gradient stops. `cuda_graphs` replays steps of our own networks where one
-    replica computes them, in finetuning where one GPU does.
+    replica computes them, in finetuning where one GPU does; None: where there is a GPU.
 
     Raises:
         ValueError: a value that cannot be, by name and rule.
@@ -60,12 +60,14 @@ class TrainerConfig:
     val_every: CountOrZero = 0
     checkpoint_every: CountOrZero = 0
     compile: bool = False
-    cuda_graphs: bool = False
+    cuda_graphs: bool | None = False
     max_skipped_steps: CountOrZero = 10
     async_checkpoints: bool = False
 
     def __post_init__(self) -> None:
         check(self, "trainer")
+        if self.cuda_graphs is None:
+            object.__setattr__(self, "cuda_graphs", self.accelerator == "gpu")
         if self.accelerator == "cpu":
             if self.precision in ("16-mixed", "fp8"):
                 raise ValueError(

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, Sampler
 
 from hydratron.data.buckets import LengthBucketedSampler, collate
+from hydratron.data.config import cache_folder
 from hydratron.data.encodings import cache_key, encode_cached
 from hydratron.data.tokenizer import PreTrainedTokenizerFast
 from hydratron.parallel.mesh import ParallelMesh
@@ -105,7 +105,7 @@ class TaskData(LightningDataModule):
         self.splits = {group: self._read(group) for group in groups}
 
     def _read(self, group: str) -> list[Split]:
-        cache = Path(self.config.cache_dir).expanduser() / "tasks"
+        cache = cache_folder(self.config.cache_dir) / "tasks"
         encode = partial(self.task.encode, tokenizer=self.tokenizer, max_seq_len=self.max_seq_len)
         settings = self.task.encoding_settings() | {"max_seq_len": self.max_seq_len}
         splits = []
