@@ -30,17 +30,17 @@ class BenchmarkJob:
 def prepare(config: Mapping[str, Any]) -> BenchmarkJob:
     """Check a configuration; ValueError says what is wrong with it."""
     timing = build(TimingConfig, config["timing"], name="timing")
+    if config["trainer"]["cuda_graphs"] and timing.warmup_steps < 2:
+        raise ValueError(
+            f"timing.warmup_steps {timing.warmup_steps} is not at least 2: with "
+            "trainer.cuda_graphs the second step is the one that is captured"
+        )
     # the last step is logged, and so comes after those that are timed and profiled
     last = timing.total_steps + 1
     settings = {"max_steps": last, "log_every": last, "max_skipped_steps": last}
     unused = {"validation_samples": 1}
     groups = {"trainer": config["trainer"] | settings, "data": config["data"] | unused}
     job = pretrain.prepare(dict(config) | groups)
-    if job.trainer.cuda_graphs and timing.warmup_steps < 2:
-        raise ValueError(
-            f"timing.warmup_steps {timing.warmup_steps} is not at least 2: with "
-            "trainer.cuda_graphs the second step is the one that is captured"
-        )
     if timing.peer and job.parallel.world_size > 1:
         raise ValueError(f"timing.peer {timing.peer} runs on one device: it needs parallel=single")
     if timing.peer:
