@@ -26,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from hydratron.arguments import InputError, override_dictionary
 from hydratron.checkpoint.runs import FROZEN_CONFIG
+from hydratron.commands.configuration import check_keys
 from hydratron.processes import (
     child_command,
     clean_environment,
@@ -125,10 +126,15 @@ def launch(command: str, config: DictConfig) -> float | None:
         check_launcher(hydra_config)
     if is_sweep and config.get("resume") and read_result(run_dir).get("status") == "ok":
         return objective(run_dir)
+    frozen = freeze(config, run_dir)
+    try:
+        check_keys(frozen, configuration_directory() / f"{command}.yaml")
+    except ValueError as error:
+        raise InputError(str(error)) from error
     job = Job(
         command,
         run_dir,
-        freeze(config, run_dir),
+        frozen,
         override_dictionary(list(hydra_config.overrides.task)),
     )
     if "submitit" in hydra_config.launcher._target_:

@@ -7,10 +7,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from hydratron.commands.configuration import build
-from hydratron.commands.tasks import build_task, fill
+from hydratron.commands.finetune import build_settings
+from hydratron.commands.tasks import build_task
 from hydratron.launch import configuration_directory
-from hydratron.training.config import TrainerConfig
+from hydratron.settings import build
 from hydratron.training.optimisation import OptimizerConfig
 from hydratron.training.task_data import BatchConfig
 from hydratron.training.tasks import TaskSettings
@@ -33,8 +33,7 @@ def composed(command: str, *overrides: str) -> dict[str, Any]:
 
 
 def instantiate(config: dict[str, Any]) -> tuple[TaskSettings, BatchConfig, OptimizerConfig]:
-    lengths = {"max_steps": 1, "val_every": 1, "checkpoint_every": 1}
-    build(TrainerConfig, fill(config["trainer"], lengths), name="trainer")
+    build_settings(config["trainer"], epochs=1, epoch=1)
     return (
         build_task(config["task"]),
         build(BatchConfig, config["data"], name="data"),

@@ -10,10 +10,10 @@ import torch
 
 from hydratron.checkpoint.peer import build_peer, peer_batch
 from hydratron.commands import pretrain
-from hydratron.commands.configuration import build
 from hydratron.commands.environment import cluster_environment
 from hydratron.perf.devices import peak_tflops
 from hydratron.perf.flops import train_flops
+from hydratron.settings import build
 from hydratron.training.benchmark import StepTimer, TimingConfig, time_network
 from hydratron.training.pretraining import num_parameters
 from hydratron.training.trainer import build_trainer

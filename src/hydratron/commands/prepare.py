@@ -2,13 +2,10 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hydratron.commands.configuration import build
 from hydratron.data.config import DataConfig
-from hydratron.data.deduplication import NearDuplicates
 from hydratron.data.prepare import (
     ExecutorConfig,
     Preparation,
@@ -17,6 +14,7 @@ from hydratron.data.prepare import (
 )
 from hydratron.data.sources import CorpusConfig, Source, StepsConfig
 from hydratron.launch import JobFailed
+from hydratron.settings import build
 
 
 def prepare(config: Mapping[str, Any]) -> Preparation:
@@ -25,7 +23,6 @@ def prepare(config: Mapping[str, Any]) -> Preparation:
     output = config["output"] or data.path
     if output is None:
         raise ValueError("output= is missing, the folder to prepare")
-    near = config["steps"]["near_duplicates"]
     corpus = CorpusConfig(
         sources={
             name: build(Source, node, name=f"data.sources.{name}")
@@ -35,10 +32,7 @@ def prepare(config: Mapping[str, Any]) -> Preparation:
         vocab_size=config["model"]["vocab_size"],
         lowercase=data.lowercase,
         split_into_sentences=config["model"]["family"] == "bert",
-        steps=replace(
-            build(StepsConfig, config["steps"] | {"near_duplicates": None}, name="steps"),
-            near_duplicates=near and build(NearDuplicates, near, name="steps.near_duplicates"),
-        ),
+        steps=build(StepsConfig, config["steps"], name="steps"),
     )
     executor = build(ExecutorConfig, config["executor"], name="executor")
     return check_preparation(corpus, Path(output).expanduser(), executor)

@@ -15,12 +15,12 @@ from hydratron.checkpoint.sharded import (
     newest_checkpoint,
 )
 from hydratron.checkpoint.source import TOKENIZER
-from hydratron.commands.configuration import build, check_devices
-from hydratron.commands.environment import cluster_environment
+from hydratron.commands.environment import check_devices, cluster_environment
 from hydratron.commands.tracking import check_installed, note, tracked
 from hydratron.data.config import DataConfig
 from hydratron.launch import JobFailed
 from hydratron.models.config import ModelConfig
+from hydratron.settings import build
 from hydratron.training.callbacks import NUM_KEPT, Throughput, stopped_by
 from hydratron.training.config import ParallelConfig, TrainerConfig
 from hydratron.training.datamodule import PretrainingData

@@ -22,8 +22,9 @@ from omegaconf import OmegaConf
 
 from hydratron import launch
 from hydratron.commands import finetune
-from hydratron.commands.tasks import read_seed
+from hydratron.commands.configuration import check_keys
 from hydratron.data.examples import read_json, write_text
+from hydratron.settings import Seed, convert
 from hydratron.training.finetuning import PretrainedBert
 from hydratron.training.protocol import Protocol
 
@@ -41,7 +42,7 @@ def main(arguments: list[str]) -> None:
     output = Path(given.pop("output", f"outputs/protocol/{now}")).expanduser()
     texts = [f"{key}={value}" for key, value in ({"seed": SEEDS} | given).items()]
     parsed = {o.get_key_element(): o for o in OverridesParser.create().parse_overrides(texts)}
-    seeds = [read_seed(value) for value in values(parsed.pop("seed"))]
+    seeds = [convert(value, Seed, "seed") for value in values(parsed.pop("seed"))]
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"seed={given['seed']} names a seed twice")
     claim(output, {"seed": seeds} | check(parsed, seeds[0]))
@@ -102,7 +103,7 @@ def check(parsed: Mapping[str, Override], seed: int) -> dict[str, Any]:
     checked: dict[str, str | None] = {}
     for point in itertools.product([f"seed={seed}"], *swept):
         config = composed(point)
-        task = finetune.read_settings(config).task
+        task, *_ = finetune.read_settings(config)
         # reading files takes long; which they are, most grids leave alone
         files = json.dumps([config[key] for key in ("task", "model", "checkpoint", "tokenizer")])
         if files not in checked:
@@ -127,6 +128,7 @@ def composed(point: Sequence[str]) -> dict[str, Any]:
     OmegaConf.set_struct(config, False)
     logger = OmegaConf.to_container(config.pop("logger", OmegaConf.create({})))
     resolved: Any = OmegaConf.to_container(config, resolve=True)
+    check_keys(resolved | {"logger": logger}, Path(directory) / "finetune.yaml")
     return resolved | {"logger": logger}
 
 

@@ -16,12 +16,12 @@ from hydratron.checkpoint.source import (
     read_checkpoint,
     write_model,
 )
-from hydratron.commands.configuration import build
 from hydratron.data.encodings import make_frame
 from hydratron.data.examples import read_json, write_text
 from hydratron.data.tokenizer import PreTrainedTokenizerFast, load_tokenizer
 from hydratron.processes import is_first_rank
 from hydratron.result import read_result
+from hydratron.settings import build
 from hydratron.training.finetuning import BEST, PretrainedBert
 from hydratron.training.protocol import NULL_THRESHOLD
 from hydratron.training.task_data import BatchConfig, TaskData

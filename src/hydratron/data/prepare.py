@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Event, Thread
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
@@ -39,6 +39,7 @@ from hydratron.data.stages import (
     text_step_names,
 )
 from hydratron.data.tokenizer import load_tokenizer, tokenizer_hash
+from hydratron.settings import Interval, Text, check, one_of
 
 WORK = ".work"
 _PLAN = "plan.json"
@@ -55,18 +56,15 @@ class ExecutorConfig:
     SLURM's sbatch. ValueError for values that cannot be.
     """
 
-    kind: str = "local"
-    workers: int | None = None
-    partition: str | None = None
-    time: str = "24:00:00"
-    memory_gb: int = 4
+    kind: Annotated[str, one_of("local", "slurm")] = "local"
+    workers: Annotated[int, Interval(1, 10_000)] | None = None
+    partition: Text | None = None
+    time: Text = "24:00:00"
+    memory_gb: Annotated[int, Interval(1, 2**16)] = 4
     qos: str = ""
 
     def __post_init__(self) -> None:
-        if self.kind not in ("local", "slurm"):
-            raise ValueError(f"executor.kind {self.kind!r} is not one of local, slurm")
-        if self.workers is not None and self.workers < 1:
-            raise ValueError(f"executor.workers {self.workers} is not positive")
+        check(self, "executor")
         if self.kind == "slurm" and self.partition is None:
             raise ValueError("executor.kind slurm needs executor.partition")
 

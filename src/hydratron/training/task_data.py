@@ -15,6 +15,7 @@ from hydratron.data.buckets import LengthBucketedSampler, collate
 from hydratron.data.encodings import cache_key, encode_cached
 from hydratron.data.tokenizer import PreTrainedTokenizerFast
 from hydratron.parallel.mesh import ParallelMesh
+from hydratron.settings import BatchSize, Text, Workers, check
 from hydratron.training.strategy import TensorParallelStrategy
 from hydratron.training.tasks import Split, Task
 
@@ -30,16 +31,14 @@ class BatchConfig:
         ValueError: a size that is not positive.
     """
 
-    global_batch_size: int
-    cache_dir: str
-    micro_batch_size: int | None = None
-    evaluation_batch_size: int = 128
-    num_workers: int = 0
+    global_batch_size: BatchSize
+    cache_dir: Text
+    micro_batch_size: BatchSize | None = None
+    evaluation_batch_size: BatchSize = 128
+    num_workers: Workers = 0
 
     def __post_init__(self) -> None:
-        for key in ("global_batch_size", "evaluation_batch_size"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"data.{key} {getattr(self, key)} is not positive")
+        check(self, "data")
 
     def local_batch_size(self, data_parallel_size: int) -> int:
         """Return the rows of one optimizer step on one rank.

@@ -105,5 +105,5 @@ def test_missing_and_empty_sources_are_named(tmp_path: Path) -> None:
         list_files(Source("text", str(tmp_path / "nowhere")))
     with pytest.raises(ValueError, match=r"no file ending in .jsonl"):
         list_files(Source("jsonl", str(tmp_path)))
-    with pytest.raises(ValueError, match="kind 'csv' of a source is not one of text, jsonl"):
+    with pytest.raises(ValueError, match="source.kind 'csv' is not one of text, jsonl"):
         Source("csv", "x")
