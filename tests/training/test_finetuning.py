@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from hydratron.checkpoint.layouts import Head
+from hydratron.checkpoint.sharded import load_loop_state
 from hydratron.checkpoint.source import read_checkpoint, write_model
 from hydratron.commands import convert
 from hydratron.data.glue import GlueTask
@@ -27,7 +28,13 @@ from hydratron.parallel.mesh import ParallelMesh
 from hydratron.parallel.placement import reduce_partial_gradients
 from hydratron.training.config import ParallelConfig, TrainerConfig
 from hydratron.training.evaluation import load_ensemble, score_ensemble
-from hydratron.training.finetuning import FinetuneJob, Finetuning, PretrainedBert, finetune
+from hydratron.training.finetuning import (
+    FinetuneJob,
+    Finetuning,
+    PretrainedBert,
+    StopWhenWorse,
+    finetune,
+)
 from hydratron.training.optimisation import OptimizerConfig
 from hydratron.training.task_data import BatchConfig, TaskData
 from hydratron.training.tasks import (
@@ -285,6 +292,36 @@ def test_patience_stops_and_keeps_the_best(inputs: Path, tmp_path: Path) -> None
     labels = [row["label"] for row in job.data.splits["validation"][0].examples]
     accuracy = np.mean(np.stack(scores["logits"]).argmax(1) == labels)
     assert accuracy == pytest.approx(found["val/accuracy"])
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint")
+def test_a_run_killed_while_it_writes_its_best_ends_with_the_files_of_one_that_was_not(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between predictions and checkpoint of the best validation, and after both."""
+    job = job_for(inputs, steps=40, val_every=1, checkpoint_every=1, task={"patience": 3})
+    job = dataclasses.replace(job, optimizer=OptimizerConfig(lr=0.3, schedule="constant"))
+    whole = finetune_on(job, tmp_path / "whole")
+    assert whole["best_step"] > 1
+    keep_best = StopWhenWorse.on_validation_end
+    for run, is_kept in ((tmp_path / "before", False), (tmp_path / "after", True)):
+
+        def killed(self: StopWhenWorse, trainer: Any, module: Any, is_kept: bool = is_kept) -> None:
+            is_there = trainer.global_step == whole["best_step"]
+            if is_kept or not is_there:
+                keep_best(self, trainer, module)
+            if is_there:
+                raise InterruptedError
+
+        with monkeypatch.context() as patch:
+            patch.setattr(StopWhenWorse, "on_validation_end", killed)
+            with pytest.raises(InterruptedError):
+                finetune_on(job, run)
+        rate = {"perf/examples_per_second": 0}
+        assert finetune_on(job, run) | rate == whole | rate
+        for path in (tmp_path / "whole/predictions").iterdir():
+            assert path.read_bytes() == (run / "predictions" / path.name).read_bytes()
+        assert load_loop_state(run / "checkpoints/best")["global_step"] == whole["best_step"]
 
 
 def test_a_split_without_labels_gets_predictions_with_patience_too(
