@@ -6,33 +6,26 @@ stands in its `settings.json`.
 """
 
 import datetime
-import itertools
-import json
+import importlib
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Transformer
-from omegaconf import OmegaConf
 
 from hydratron import launch
-from hydratron.commands import finetune
-from hydratron.commands.configuration import check_keys
-from hydratron.data.examples import read_json, write_text
 from hydratron.settings import Seed, convert
-from hydratron.training.finetuning import PretrainedBert
 from hydratron.training.protocol import Protocol
 
 SEEDS = "1,2,3,4,5"
 SETTINGS = "settings.json"
-# the protocol's own, and what decides no score
+# of finetune, what is the protocol's own
 NOT_GIVEN = ("resume", "hydra.run.dir", "hydra.sweep.dir")
-NOT_KEPT = ("data.cache_dir", "seed", "resume")
 
 
 def main(arguments: list[str]) -> None:
@@ -45,7 +38,10 @@ def main(arguments: list[str]) -> None:
     seeds = [convert(value, Seed, "seed") for value in values(parsed.pop("seed"))]
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"seed={given['seed']} names a seed twice")
-    claim(output, {"seed": seeds} | check(parsed, seeds[0]))
+    check_place(output)
+    # it imports what training needs: seconds that a mistyped argument is not to cost
+    settings = importlib.import_module("hydratron.commands.protocol_settings")
+    settings.claim(output / SETTINGS, {"seed": seeds} | settings.check(parsed, seeds[0]))
     given.pop("seed", None)
     grid = [key for key, override in parsed.items() if override.is_sweep_override()]
     protocol = Protocol(output, hydratron)
@@ -54,7 +50,7 @@ def main(arguments: list[str]) -> None:
         print("best of the grid:", *(f"{k}={v}" for k, v in chosen.items()), flush=True)
     found = protocol.score(given | chosen, ",".join(map(str, seeds)))
     summary: dict[str, Any] = {"chosen": chosen} | found
-    write_text(output / "protocol.json", json.dumps(summary, indent=2) + "\n")
+    settings.write(output / "protocol.json", summary)
     metric, scores = summary["selection_metric"], summary["scores"]
     spread = f"{min(scores):.4f} to {max(scores):.4f}"
     print(f"median of {len(scores)} seeds: {metric} {summary[metric]:.4f} ({spread})")
@@ -87,84 +83,15 @@ def values(override: Override) -> Iterator[Any]:
     return iter([override.value()])
 
 
-def check(parsed: Mapping[str, Override], seed: int) -> dict[str, Any]:
-    """Return every setting of the grid by its full name, a list where its points differ.
-
-    Raises:
-        ValueError: a point, its files or its checkpoint is refused: nothing has run yet.
-    """
-    swept = [
-        [f"{key}={value}" for value in override.sweep_string_iterator()]
-        if override.is_sweep_override()
-        else [str(override.input_line)]
-        for key, override in parsed.items()
-    ]
-    found: dict[str, list[Any]] = {}
-    checked: dict[str, str | None] = {}
-    for point in itertools.product([f"seed={seed}"], *swept):
-        config = composed(point)
-        task, *_ = finetune.read_settings(config)
-        # reading files takes long; which they are, most grids leave alone
-        files = json.dumps([config[key] for key in ("task", "model", "checkpoint", "tokenizer")])
-        if files not in checked:
-            source = finetune.prepare(config).job.source
-            is_ours = isinstance(source, PretrainedBert)
-            checked[files] = str(source.checkpoint.path.resolve()) if is_ours else None
-            if task.test_path is not None:
-                task.read("test")
-        for key, value in flat(config | {"checkpoint": checked[files]}):
-            if value not in found.setdefault(key, []):
-                found[key].append(value)
-    settings = {key: some[0] if len(some) == 1 else some for key, some in found.items()}
-    hydra = {key: o.input_line for key, o in parsed.items() if key.startswith("hydra")}
-    return {key: value for key, value in settings.items() if key not in NOT_KEPT} | hydra
-
-
-def composed(point: Sequence[str]) -> dict[str, Any]:
-    """Return the configuration of a job, its logger unresolved: that needs the job's directory."""
-    directory = str(launch.configuration_directory())
-    with initialize_config_dir(directory, version_base="1.3"):
-        config: Any = compose("finetune", list(point))
-    OmegaConf.set_struct(config, False)
-    logger = OmegaConf.to_container(config.pop("logger", OmegaConf.create({})))
-    resolved: Any = OmegaConf.to_container(config, resolve=True)
-    check_keys(resolved | {"logger": logger}, Path(directory) / "finetune.yaml")
-    return resolved | {"logger": logger}
-
-
-def flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield full name and value of every setting; paths of files that exist are absolute."""
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{key}.")
-        elif isinstance(value, str) and key.endswith(("path", "tokenizer")):
-            path = Path(value).expanduser()
-            yield f"{prefix}{key}", str(path.resolve()) if path.exists() else value
-        else:
-            yield f"{prefix}{key}", value
-
-
-def claim(output: Path, settings: Mapping[str, Any]) -> None:
-    """Write what the protocol is, or see that `output` holds this very one.
-
-    Raises:
-        ValueError: it holds another, or something else, or cannot be written to.
-    """
-    file, text = output / SETTINGS, json.dumps(settings, indent=2) + "\n"
-    if file.is_file():
-        before, now = read_json(file), json.loads(text)
-        differing = [k for k in before | now if before.get(k) != now.get(k)]
-        if differing:
-            pairs = [f"{k} {before.get(k)} there, {now.get(k)} here" for k in differing[:4]]
-            more = [f"{len(differing) - 4} more"] * (len(differing) > 4)
-            raise ValueError(f"output={output} holds another protocol: {'; '.join(pairs + more)}")
-        return
+def check_place(output: Path) -> None:
+    """Raise ValueError where a protocol cannot be written, or something else lies."""
+    existing = next(path for path in (output, *output.parents) if path.exists())
     try:
-        if output.exists() and any(output.iterdir()):
-            raise ValueError(f"output={output} is not empty and holds no protocol's {SETTINGS}")
-        write_text(file, text)
+        tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
         raise ValueError(f"output={output}: cannot be written to: {error.strerror}") from error
+    if existing == output and any(output.iterdir()) and not (output / SETTINGS).is_file():
+        raise ValueError(f"output={output} is not empty and holds no protocol's {SETTINGS}")
 
 
 def hydratron(*arguments: str) -> None:
