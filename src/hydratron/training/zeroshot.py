@@ -152,6 +152,9 @@ class LambadaTask:
         return sets
 
 
+ZeroShotTask = WikitextTask | LambadaTask
+
+
 def given_path(path: str | None) -> Path | None:
     """Return a path of the user's, None where the hub is meant."""
     return None if path is None else Path(path).expanduser()
