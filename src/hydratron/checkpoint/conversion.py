@@ -9,17 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from hydratron.checkpoint import huggingface, sharded
 from hydratron.checkpoint.runs import read_run_config
 from hydratron.checkpoint.source import CHECKPOINTS, TOKENIZER, Checkpoint, write_model
-from hydratron.models.bert import BertEncoder, BertForPretraining
-from hydratron.models.gpt2 import Gpt2ForPretraining
 from hydratron.parallel.mesh import ParallelMesh
-
-NETWORKS = {"bert": BertForPretraining, "gpt2": Gpt2ForPretraining}
 
 
 @contextmanager
@@ -58,20 +53,6 @@ def to_huggingface(
     return {"architecture": architecture, "missing": []}
 
 
-def _build_network(checkpoint: Checkpoint) -> nn.Module:
-    """Return the network for pretraining, or the encoder with the heads that were finetuned."""
-    with torch.device("meta"):
-        if "head.weight" not in checkpoint.tensors:
-            return NETWORKS[checkpoint.model.family](checkpoint.model)
-        network = nn.Module()
-        network.encoder = BertEncoder(checkpoint.model)
-        for name in ("head", "answerability_head"):
-            if f"{name}.weight" in checkpoint.tensors:
-                num_outputs, hidden_size = checkpoint.tensors[f"{name}.weight"].shape
-                setattr(network, name, nn.Linear(hidden_size, num_outputs))
-    return network
-
-
 def to_hydratron(
     checkpoint: Checkpoint, output: Path, tokenizer: PreTrainedTokenizerFast | None
 ) -> dict[str, Any]:
@@ -82,7 +63,7 @@ def to_hydratron(
     Raises:
         ValueError: `output` exists, or the source is of another model.
     """
-    network = _build_network(checkpoint).to_empty(device="cpu")
+    network = checkpoint.build_network().to_empty(device="cpu")
     missing = checkpoint.load(network, ParallelMesh())
     for name in missing:
         owner, _, attribute = name.rpartition(".")

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import (
@@ -24,9 +26,15 @@ from transformers import (
 )
 
 from hydratron.checkpoint.layouts import HEADS, PREFIXES, Head, Layout, parameter_layouts
-from hydratron.checkpoint.tensors import StoredTensor
+from hydratron.checkpoint.tensors import (
+    StoredTensor,
+    build_network,
+    check_num_layers,
+    check_tensors,
+)
 from hydratron.models.config import ModelConfig
 
+CONFIG = "config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ACTIVATIONS = {
     "gelu": "gelu",
@@ -42,13 +50,25 @@ FAMILIES = {
 }
 # What a configuration may say that we do not compute; any other value is another network.
 REQUIRED: dict[str, Any] = {
+    "auto_map": None,
+    "quantization_config": None,
     "is_decoder": False,
+    "is_encoder_decoder": False,
     "add_cross_attention": False,
     "position_embedding_type": "absolute",
     "tie_word_embeddings": True,
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
+    "sliding_window": None,
+    "layer_types": None,
+    "rope_parameters": None,
 }
+# Of a stored network, the word embeddings again and the causal mask.
+NOT_PARAMETERS = (
+    *("cls.predictions.decoder.weight", "cls.predictions.decoder.bias", "lm_head.weight"),
+    *(".attn.bias", ".attn.masked_bias", ".position_ids"),
+)
+TASK_HEADS = ("head.", "answerability_head.")
 # The modules that stand beside the encoder, and how Hugging Face calls a network with these.
 ARCHITECTURES = {
     frozenset({"masked_lm_head", "sentence_order_head"}): "ForPreTraining",
@@ -60,8 +80,18 @@ ARCHITECTURES = {
 
 def is_huggingface(folder: Path) -> bool:
     """Whether `folder` has a transformers configuration."""
-    path = folder / "config.json"
-    return path.is_file() and "model_type" in json.loads(path.read_text())
+    path = folder / CONFIG
+    return path.is_file() and "model_type" in _read_json(path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return values
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -70,22 +100,31 @@ def read_config(folder: Path) -> ModelConfig:
     Raises:
         ValueError: another architecture than ours, by the configuration's key and value.
     """
-    path = folder / "config.json"
-    model_type = json.loads(path.read_text())["model_type"]
-    if model_type not in FAMILIES:
+    path = folder / CONFIG
+    values = _read_json(path)
+    model_type = values["model_type"]
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"{path}: model_type {model_type!r} is not one of {', '.join(FAMILIES)}")
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     for key, value in REQUIRED.items():
-        found = getattr(config, key, value)
+        found = values.get(key, value)
         if found != value:
             raise ValueError(f"{path}: {key} is {found!r}, only {value!r} can be read")
+    for name in values.get("architectures") or ():
+        if not isinstance(name, str) or not hasattr(transformers, name):
+            raise ValueError(f"{path}: architectures names {name!r}, no class of transformers")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        return _model_config(config, model_type)
+    except (StrictDataclassError, AttributeError, TypeError, ValueError, OSError) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+
+
+def _model_config(config: Any, model_type: str) -> ModelConfig:
     family, layernorm = FAMILIES[model_type]
     is_bert = family == "bert"
     activation = config.hidden_act if is_bert else config.activation_function
     if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"{path}: activation {activation!r} is not one of {', '.join(ACTIVATIONS)}"
-        )
+        raise ValueError(f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
     return ModelConfig(
         family=family,
         hidden_size=config.hidden_size,
@@ -106,7 +145,7 @@ def read_config(folder: Path) -> ModelConfig:
 
 def read_head(folder: Path) -> Head | None:
     """Return what the head of a finetuned Hugging Face folder does; None for any other folder."""
-    values = json.loads((folder / "config.json").read_text())
+    values = _read_json(folder / CONFIG)
     architecture = next(iter(values.get("architectures") or []), "")
     _, _, ending = architecture.partition("For")
     for kind, (name, _) in HEADS.items():
@@ -122,9 +161,11 @@ def read_tensors(
     """Return by our names what a Hugging Face folder holds of our parameters.
 
     Raises:
-        ValueError: no safetensors there, or ones that cannot be read.
+        ValueError: no safetensors there, ones that cannot be read, or not all those of the network
+            and no others; the first ones are named.
     """
     stored = _open_weights(folder)
+    first = next(iter(stored), "nothing")
     # checkpoints that once came from TensorFlow call a LayerNorm's weight gamma, its bias beta
     old = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
     for theirs, today in old:
@@ -134,19 +175,39 @@ def read_tensors(
     prefix = PREFIXES[config.family]
     if not any(name.startswith(prefix) for name in stored):  # a network without heads
         stored = {f"{prefix}{name}": tensor for name, tensor in stored.items()}
-    return {
-        name: layout.read(stored)
-        for name, layout in parameter_layouts(config, head).items()
-        if all(part in stored for part in layout.names)
+    check_num_layers(config, len(stored), path=folder)
+    layouts = parameter_layouts(config, head)
+    if not any(name in stored for layout in layouts.values() for name in layout.names):
+        raise ValueError(f"{folder} holds no name of a {config.family}: its first is {first}")
+    heads = {
+        ours: stored[layout.names[0]].shape
+        for ours, layout in layouts.items()
+        if ours.startswith(TASK_HEADS) and layout.names[0] in stored
     }
+    network = build_network(config, head and head.kind, heads)
+    needed = {
+        ours: {name: part.shape for name, part in layouts[ours].write(parameter.detach()).items()}
+        for ours, parameter in network.named_parameters()
+    }
+    names = {name for parts in needed.values() for name in parts}
+    # buffers, and the word embeddings once more, are no parameters to transformers either
+    held = {
+        name: tensor
+        for name, tensor in stored.items()
+        if name in names or (tensor.dtype.is_floating_point and not name.endswith(NOT_PARAMETERS))
+    }
+    check_tensors(needed, held, path=folder, family=config.family)
+    return {ours: layouts[ours].read(held) for ours in needed if needed[ours].keys() <= held.keys()}
 
 
 def _open_weights(folder: Path) -> dict[str, StoredTensor]:
+    files = [folder / WEIGHTS]
     if (folder / INDEX).is_file():
-        weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
-        files = [folder / name for name in sorted(set(weight_map.values()))]
-    else:
-        files = [folder / WEIGHTS]
+        weight_map = _read_json(folder / INDEX).get("weight_map")
+        names = set(weight_map.values()) if isinstance(weight_map, dict) else {None}
+        if not all(isinstance(name, str) and Path(name).name == name for name in names):
+            raise ValueError(f"{folder / INDEX} has no weight_map of names of files beside it")
+        files = [folder / name for name in sorted(names)]
     stored: dict[str, StoredTensor] = {}
     for path in files:
         if not path.is_file():
@@ -154,7 +215,7 @@ def _open_weights(folder: Path) -> dict[str, StoredTensor]:
         try:
             file = safe_open(path, "pt")
             stored |= {name: _from_safetensors(file, name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise ValueError(f"{path}: cannot be read as safetensors: {error}") from error
     return stored
 
@@ -167,7 +228,8 @@ def _from_safetensors(file: Any, name: str) -> StoredTensor:
             return file.get_tensor(name)
         return view[(*[slice(None)] * dim, slice(start, stop))]
 
-    return StoredTensor(tuple(view.get_shape()), _DTYPES[view.get_dtype()], read)
+    # types that we do not know are of no weight that we read
+    return StoredTensor(tuple(view.get_shape()), _DTYPES.get(view.get_dtype(), torch.uint8), read)
 
 
 _DTYPES = {
@@ -175,10 +237,6 @@ _DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 

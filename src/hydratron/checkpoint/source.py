@@ -20,7 +20,15 @@ from hydratron.checkpoint import huggingface, sharded
 from hydratron.checkpoint.layouts import Head
 from hydratron.checkpoint.megatron import is_megatron, read_megatron
 from hydratron.checkpoint.runs import FROZEN_CONFIG, read_run_config
-from hydratron.checkpoint.tensors import StoredTensor, check_parameters, fill_parameters, sliced
+from hydratron.checkpoint.tensors import (
+    StoredTensor,
+    build_network,
+    check_num_layers,
+    check_parameters,
+    check_tensors,
+    fill_parameters,
+    sliced,
+)
 from hydratron.models.config import ModelConfig
 from hydratron.parallel.mesh import ParallelMesh
 
@@ -53,6 +61,11 @@ class Checkpoint:
     lowercase: bool | None = None
     vocabulary_multiples: tuple[int, ...] = ()
     head: Head | None = None
+
+    def build_network(self) -> nn.Module:
+        """Return the network that it holds, on the meta device."""
+        kind = self.head.kind if self.head else None
+        return build_network(self.model, kind, {n: s.shape for n, s in self.tensors.items()})
 
     def load(self, network: nn.Module, mesh: ParallelMesh) -> list[str]:
         """Fill this rank's share of `network` in place; every rank must call it.
@@ -200,7 +213,7 @@ def _read_sharded(path: Path) -> Checkpoint:
         raise ValueError(f"checkpoint {path} does not lie in {CHECKPOINTS}/ of a run directory")
     directory = path.parents[1]
     model, head = _read_model(directory)
-    return Checkpoint(
+    found = Checkpoint(
         kind="hydratron",
         path=path,
         directory=directory,
@@ -209,6 +222,11 @@ def _read_sharded(path: Path) -> Checkpoint:
         tensors=_sharded_tensors(path),
         head=head,
     )
+    check_num_layers(model, len(found.tensors), path=path)
+    parameters = found.build_network().named_parameters()
+    needed = {name: {name: parameter.shape} for name, parameter in parameters}
+    check_tensors(needed, found.tensors, path=path, family=model.family)
+    return found
 
 
 def _sharded_tensors(path: Path) -> dict[str, StoredTensor]:
