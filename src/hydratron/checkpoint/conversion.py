@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -17,11 +18,21 @@ from hydratron.checkpoint.source import CHECKPOINTS, TOKENIZER, Checkpoint, writ
 from hydratron.parallel.mesh import ParallelMesh
 
 
+def check_output(output: Path) -> None:
+    """Raise ValueError where `output` exists already or cannot be made."""
+    if os.path.lexists(output):
+        raise ValueError(f"output {output} exists already")
+    try:
+        above = next(path for path in output.absolute().parents if os.path.lexists(path))
+        TemporaryDirectory(dir=above).cleanup()
+    except OSError as error:
+        raise ValueError(f"output {output} cannot be written to: {error.strerror}") from error
+
+
 @contextmanager
 def _complete_or_absent(output: Path) -> Iterator[Path]:
     """Give a directory that gets the name `output` when all is well, and vanishes otherwise."""
-    if output.exists():
-        raise ValueError(f"output {output} exists already")
+    check_output(output)
     temporary = output.with_name(f"{output.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

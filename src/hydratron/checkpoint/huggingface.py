@@ -5,16 +5,14 @@ sentence-order head takes the place of next-sentence prediction: in both, label 
 second segment follows the first; label 1 is a swap in ours and a random segment in theirs.
 """
 
-import json
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from tokenizers.processors import ByteLevel
 from transformers import (
     AutoConfig,
     BertConfig,
@@ -25,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from hydratron.checkpoint.folders import WEIGHTS, open_weights, read_json, write_safetensors
 from hydratron.checkpoint.layouts import HEADS, PREFIXES, Head, Layout, parameter_layouts
 from hydratron.checkpoint.tensors import (
     StoredTensor,
@@ -35,7 +34,6 @@ from hydratron.checkpoint.tensors import (
 from hydratron.models.config import ModelConfig
 
 CONFIG = "config.json"
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
@@ -81,17 +79,7 @@ ARCHITECTURES = {
 def is_huggingface(folder: Path) -> bool:
     """Whether `folder` has a transformers configuration."""
     path = folder / CONFIG
-    return path.is_file() and "model_type" in _read_json(path)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return values
+    return path.is_file() and "model_type" in read_json(path)
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -101,7 +89,7 @@ def read_config(folder: Path) -> ModelConfig:
         ValueError: another architecture than ours, by the configuration's key and value.
     """
     path = folder / CONFIG
-    values = _read_json(path)
+    values = read_json(path)
     model_type = values["model_type"]
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"{path}: model_type {model_type!r} is not one of {', '.join(FAMILIES)}")
@@ -145,7 +133,7 @@ def _model_config(config: Any, model_type: str) -> ModelConfig:
 
 def read_head(folder: Path) -> Head | None:
     """Return what the head of a finetuned Hugging Face folder does; None for any other folder."""
-    values = _read_json(folder / CONFIG)
+    values = read_json(folder / CONFIG)
     architecture = next(iter(values.get("architectures") or []), "")
     _, _, ending = architecture.partition("For")
     for kind, (name, _) in HEADS.items():
@@ -164,7 +152,7 @@ def read_tensors(
         ValueError: no safetensors there, ones that cannot be read, or not all those of the network
             and no others; the first ones are named.
     """
-    stored = _open_weights(folder)
+    stored = open_weights(folder)
     first = next(iter(stored), "nothing")
     # checkpoints that once came from TensorFlow call a LayerNorm's weight gamma, its bias beta
     old = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
@@ -198,47 +186,6 @@ def read_tensors(
     }
     check_tensors(needed, held, path=folder, family=config.family)
     return {ours: layouts[ours].read(held) for ours in needed if needed[ours].keys() <= held.keys()}
-
-
-def _open_weights(folder: Path) -> dict[str, StoredTensor]:
-    files = [folder / WEIGHTS]
-    if (folder / INDEX).is_file():
-        weight_map = _read_json(folder / INDEX).get("weight_map")
-        names = set(weight_map.values()) if isinstance(weight_map, dict) else {None}
-        if not all(isinstance(name, str) and Path(name).name == name for name in names):
-            raise ValueError(f"{folder / INDEX} has no weight_map of names of files beside it")
-        files = [folder / name for name in sorted(names)]
-    stored: dict[str, StoredTensor] = {}
-    for path in files:
-        if not path.is_file():
-            raise ValueError(f"{folder} holds no {path.name}: only safetensors are read")
-        try:
-            file = safe_open(path, "pt")
-            stored |= {name: _from_safetensors(file, name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: cannot be read as safetensors: {error}") from error
-    return stored
-
-
-def _from_safetensors(file: Any, name: str) -> StoredTensor:
-    view = file.get_slice(name)
-
-    def read(dim: int | None, start: int, stop: int) -> Tensor:
-        if dim is None:
-            return file.get_tensor(name)
-        return view[(*[slice(None)] * dim, slice(start, stop))]
-
-    # types that we do not know are of no weight that we read
-    return StoredTensor(tuple(view.get_shape()), _DTYPES.get(view.get_dtype(), torch.uint8), read)
-
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 def export_architecture(config: ModelConfig, names: set[str], head: Head | None = None) -> str:
@@ -314,6 +261,28 @@ def export_config(
     )
 
 
+def export_tokenizer(
+    tokenizer: PreTrainedTokenizerFast, config: ModelConfig
+) -> PreTrainedTokenizerFast:
+    """Return a copy of the tokenizer that gives a client of transformers what our network takes.
+
+    It knows the longest sequence. GPT-2's adds no special tokens, and `<|endoftext|>`, or what ends
+    a document, begins one too.
+    """
+    exported = copy.deepcopy(tokenizer)
+    backend = exported.backend_tokenizer
+    backend.no_truncation()  # what earlier calls left
+    backend.no_padding()
+    exported.model_max_length = exported.init_kwargs["model_max_length"] = config.max_seq_len
+    if config.family == "gpt2":
+        if backend.num_special_tokens_to_add(is_pair=False):
+            backend.post_processor = ByteLevel(trim_offsets=False)  # adds nothing
+        names = ["input_ids", "attention_mask"]
+        exported.model_input_names = exported.init_kwargs["model_input_names"] = names
+        exported.bos_token = exported.bos_token or exported.eos_token
+    return exported
+
+
 def write_folder(
     folder: Path,
     config: ModelConfig,
@@ -328,6 +297,7 @@ def write_folder(
         ValueError: the network has no counterpart, or the tokenizer does not fit its vocabulary.
     """
     architecture = export_architecture(config, set(tensors), head)
+    tokenizer = tokenizer and export_tokenizer(tokenizer, config)
     exported = export_config(
         config, architecture=architecture, tokenizer=tokenizer, labels=_labels(tensors, head)
     )
@@ -353,32 +323,3 @@ def _labels(tensors: Mapping[str, StoredTensor], head: Head | None) -> tuple[str
     num_labels = tensors["head.weight"].shape[0]
     fits = len(head.labels) == num_labels
     return head.labels if fits else tuple(f"LABEL_{index}" for index in range(num_labels))
-
-
-def write_safetensors(
-    path: Path, pieces: list[tuple[Layout, StoredTensor]], *, prefix: str = ""
-) -> None:
-    """Write tensors in their layout one after the other, holding one of ours at a time.
-
-    The library's own writer wants all of them in memory. Format: the header's length in 8 bytes,
-    a JSON header with dtype, shape and offsets of each name, the bytes. `prefix` is taken off
-    the names.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for layout, stored in pieces:
-        for name, tensor in layout.write(torch.empty(stored.shape, device="meta")).items():
-            end = offset + tensor.numel() * stored.dtype.itemsize
-            header[name.removeprefix(prefix)] = {
-                "dtype": _DTYPE_NAMES[stored.dtype],
-                "shape": list(tensor.shape),
-                "data_offsets": [offset, end],
-            }
-            offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for layout, stored in pieces:
-            for tensor in layout.write(stored.whole()).values():
-                file.write(tensor.contiguous().view(torch.uint8).numpy().data)

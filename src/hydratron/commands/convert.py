@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydratron.checkpoint.conversion import to_huggingface, to_hydratron
+from hydratron.checkpoint.conversion import check_output, to_huggingface, to_hydratron
 from hydratron.checkpoint.source import Checkpoint
 from hydratron.commands.tasks import open_checkpoint
-from hydratron.data.tokenizer import PreTrainedTokenizerFast, load_tokenizer
+from hydratron.data.tokenizer import PreTrainedTokenizerFast, add_frame, load_tokenizer
 
 CONVERSIONS = {"huggingface": to_huggingface, "hydratron": to_hydratron}
 
@@ -30,12 +30,13 @@ def prepare(config: Mapping[str, Any]) -> ConvertJob:
     for key in ("checkpoint", "output"):
         if config[key] is None:
             raise ValueError(f"{key}= is missing")
+    if not isinstance(config["output"], str | Path):
+        raise ValueError(f"output={config['output']} is not the name of a directory")
     output = Path(config["output"]).expanduser()
-    if output.exists():
-        raise ValueError(f"output {output} exists already")
+    check_output(output)
     checkpoint = open_checkpoint(config["checkpoint"])
     name = config["tokenizer"] or checkpoint.tokenizer
-    tokenizer = None if name is None else load_tokenizer(str(name))
+    tokenizer = None if name is None else add_frame(load_tokenizer(str(name)))
     if tokenizer is not None:
         checkpoint.check_tokenizer(tokenizer, str(name))
     return ConvertJob(config["to"], checkpoint, output, tokenizer)

@@ -52,6 +52,8 @@ def open_checkpoint(name: str | None) -> Checkpoint:
     """Read a checkpoint; of a run that kept its best one, that."""
     if not name:
         raise ValueError("checkpoint= is missing: a run directory, a Hugging Face folder or name")
+    if not isinstance(name, str | Path):
+        raise ValueError(f"checkpoint={name} is not the name of a directory")
     best = Path(name).expanduser() / CHECKPOINTS / BEST
     return read_checkpoint(best if best.is_dir() else name)
 

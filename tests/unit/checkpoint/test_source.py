@@ -171,6 +171,11 @@ def test_the_command_refuses_wrong_input_before_anything_is_written(tmp_path: Pa
         ({"checkpoint": None}, "checkpoint= is missing"),
         ({"output": None}, "output= is missing"),
         ({"output": run}, "run exists already"),
+        ({"output": "/proc/x"}, "output /proc/x cannot be written to: "),
+        ({"output": run / "model.json/x"}, "model.json/x cannot be written to: Not a directory"),
+        ({"output": 5}, "output=5 is not the name of a directory"),
+        ({"checkpoint": 5}, "checkpoint=5 is not the name of a directory"),
+        ({"checkpoint": ["a", "b"]}, r"checkpoint=\['a', 'b'\] is not the name of a directory"),
         ({"checkpoint": "no/such/folder"}, "checkpoint no/such/folder does not exist"),
         (
             {"tokenizer": tmp_path / "large"},
