@@ -46,20 +46,16 @@ FAMILIES = {
     "megatron-bert": ("bert", "pre"),
     "gpt2": ("gpt2", "pre"),
 }
-# What a configuration may say that we do not compute; any other value is another network.
-REQUIRED: dict[str, Any] = {
-    "auto_map": None,
-    "quantization_config": None,
-    "is_decoder": False,
-    "is_encoder_decoder": False,
-    "add_cross_attention": False,
-    "position_embedding_type": "absolute",
-    "tie_word_embeddings": True,
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "sliding_window": None,
-    "layer_types": None,
-    "rope_parameters": None,
+# What a configuration may say that we compute; any other value is another network.
+REQUIRED: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("auto_map", "quantization_config"), (None,)),
+    **dict.fromkeys(("sliding_window", "layer_types", "rope_parameters"), (None,)),
+    **dict.fromkeys(("is_decoder", "is_encoder_decoder", "add_cross_attention"), (False,)),
+    "position_embedding_type": ("absolute",),
+    "tie_word_embeddings": (True,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "problem_type": (None, "single_label_classification"),
 }
 # Of a stored network, the word embeddings again and the causal mask.
 NOT_PARAMETERS = (
@@ -67,6 +63,8 @@ NOT_PARAMETERS = (
     *(".attn.bias", ".attn.masked_bias", ".position_ids"),
 )
 TASK_HEADS = ("head.", "answerability_head.")
+# What transformers raises at values of a configuration that cannot be.
+BAD_CONFIG = (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError)
 # The modules that stand beside the encoder, and how Hugging Face calls a network with these.
 ARCHITECTURES = {
     frozenset({"masked_lm_head", "sentence_order_head"}): "ForPreTraining",
@@ -93,17 +91,18 @@ def read_config(folder: Path) -> ModelConfig:
     model_type = values["model_type"]
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"{path}: model_type {model_type!r} is not one of {', '.join(FAMILIES)}")
-    for key, value in REQUIRED.items():
-        found = values.get(key, value)
-        if found != value:
-            raise ValueError(f"{path}: {key} is {found!r}, only {value!r} can be read")
-    for name in values.get("architectures") or ():
+    for key, known in REQUIRED.items():
+        found = values.get(key, known[0])
+        if found not in known:
+            raise ValueError(f"{path}: {key} is {found!r}, only {known[0]!r} can be read")
+    architectures = values.get("architectures") or []
+    for name in architectures if isinstance(architectures, list) else [architectures]:
         if not isinstance(name, str) or not hasattr(transformers, name):
             raise ValueError(f"{path}: architectures names {name!r}, no class of transformers")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         return _model_config(config, model_type)
-    except (StrictDataclassError, AttributeError, TypeError, ValueError, OSError) as error:
+    except (OSError, *BAD_CONFIG) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
 
 
