@@ -115,6 +115,11 @@ def open_source(
     model = dataclasses.replace(checkpoint.model, **changes)
     model.check_tensor_parallel(tensor_parallel_size)
     tokenizer = open_tokenizer(config["tokenizer"], checkpoint)
+    if tokenizer.padding_side != "right":
+        raise ValueError(
+            f"the tokenizer of {checkpoint.path} has padding_side {tokenizer.padding_side!r}:"
+            " a BERT's first token is [CLS], so that padding comes last"
+        )
     return PretrainedBert(checkpoint, model, task, needs_head=needs_head), tokenizer
 
 
