@@ -160,7 +160,7 @@ def test_wrong_input_is_named_before_anything_runs(
 ) -> None:
     finetune(in_process, "run", *MNLI, "checkpoint=bert", "trainer.max_steps=1")
     left = load_tokenizer(str(inputs / "bert"))
-    left.init_kwargs["padding_side"] = "left"  # what save_pretrained writes
+    left.padding_side = left.init_kwargs["padding_side"] = "left"  # what save_pretrained writes
     left.save_pretrained(inputs / "left")
     rows = (inputs / "train.jsonl").read_text().splitlines()
     rows[1] = rows[1].replace("contradiction", "maybe")
