@@ -1,6 +1,5 @@
 """From any kind of checkpoint to one of ours or to a Hugging Face folder with a model card."""
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from hydratron.checkpoint import huggingface, sharded
+from hydratron.checkpoint.folders import read_json
 from hydratron.checkpoint.runs import read_run_config
 from hydratron.checkpoint.source import CHECKPOINTS, TOKENIZER, Checkpoint, write_model
 from hydratron.parallel.mesh import ParallelMesh
@@ -102,7 +102,7 @@ def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
         unknown = dict.fromkeys(("data", "tokens", "commit"))
         return {"source": f"{checkpoint.kind} checkpoint {checkpoint.directory.name}"} | unknown
     path = checkpoint.directory / "result.json"
-    result = json.loads(path.read_text()) if path.is_file() else {}
+    result = read_json(path) if path.is_file() else {}
     data, task = config.get("data") or {}, config.get("task") or {}
     step = int(sharded.load_loop_state(checkpoint.path).get("global_step", 0))
     shipped = "the novels hydratron ships" if data.get("source") == "text" else None

@@ -25,7 +25,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in `path`; ValueError that names the file if there is none."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no JSON object")

@@ -6,6 +6,7 @@ and `tokenizer/`.
 
 import dataclasses
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from hydratron.checkpoint import huggingface, sharded
-from hydratron.checkpoint.layouts import Head
+from hydratron.checkpoint.folders import read_json
+from hydratron.checkpoint.layouts import HEADS, Head
 from hydratron.checkpoint.megatron import is_megatron, read_megatron
 from hydratron.checkpoint.runs import FROZEN_CONFIG, read_run_config
 from hydratron.checkpoint.tensors import (
@@ -118,7 +120,7 @@ def read_checkpoint(name: Path | str) -> Checkpoint:
         ValueError: nothing of the kind, or one that cannot be read; names the file and the rule.
     """
     path = Path(name).expanduser()
-    if not path.exists():
+    if not os.path.exists(path):  # a name may be too long for a Path to say
         path = _download(str(name))
     if not path.is_dir():
         raise ValueError(f"checkpoint {path} is not a directory")
@@ -187,7 +189,7 @@ def write_model(directory: Path, model: ModelConfig, head: Head | None = None) -
 def _read_model(directory: Path) -> tuple[ModelConfig, Head | None]:
     run = read_run_config(directory)
     is_written = (directory / MODEL).is_file()
-    values = json.loads((directory / MODEL).read_text()) if is_written else run.get("model")
+    values = read_json(directory / MODEL) if is_written else run.get("model")
     if not values:
         raise ValueError(
             f"{directory} does not say what its network is: it has neither {MODEL} nor"
@@ -201,11 +203,16 @@ def _read_model(directory: Path) -> tuple[ModelConfig, Head | None]:
     kind = TASK_HEADS.get(str(task.get("_target_")).rpartition(".")[2])
     labels = (task.get("spec") or {}).get("labels") or ()
     if written:
-        kind, labels = written["kind"], written["labels"]
+        kind, labels = written.get("kind"), written.get("labels") or ()
+        if kind not in HEADS:
+            raise ValueError(f"{directory / MODEL}: head {kind!r} is not one of {', '.join(HEADS)}")
     known = {f.name for f in dataclasses.fields(ModelConfig)}
     if set(values) - known:
         raise ValueError(f"{directory}: unknown key model.{min(set(values) - known)}")
-    return ModelConfig(**values), Head(kind, tuple(labels)) if kind else None
+    try:
+        return ModelConfig(**values), Head(kind, tuple(labels)) if kind else None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{directory} does not say what its network is: {error}") from error
 
 
 def _read_sharded(path: Path) -> Checkpoint:

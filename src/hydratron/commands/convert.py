@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hydratron.arguments import InputError
 from hydratron.checkpoint.conversion import check_output, to_huggingface, to_hydratron
 from hydratron.checkpoint.source import Checkpoint
 from hydratron.commands.tasks import open_checkpoint
@@ -45,7 +46,10 @@ def prepare(config: Mapping[str, Any]) -> ConvertJob:
 def run(job: ConvertJob, run_dir: Path) -> dict[str, Any]:
     """Convert; return what `result.json` says of it."""
     del run_dir  # the output goes where the user says
-    result = CONVERSIONS[job.to](job.checkpoint, job.output, job.tokenizer)
+    try:
+        result = CONVERSIONS[job.to](job.checkpoint, job.output, job.tokenizer)
+    except ValueError as error:  # a weight that cannot be read, a network without a counterpart
+        raise InputError(str(error)) from error
     entries = "none found; tokenizer= gives one"
     if job.tokenizer is not None:
         entries = f"{len(job.tokenizer):,} entries of {job.checkpoint.model.vocab_size:,} rows"
