@@ -23,6 +23,7 @@ from safetensors.numpy import load_file
 from hydratron.commands import evaluate as evaluate_command
 from hydratron.commands import finetune as finetune_command
 from hydratron.commands import protocol as protocol_command
+from hydratron.data.tokenizer import load_tokenizer
 from hydratron.launch import configuration_directory
 from tests.end_to_end.conftest import SCRIPT, metrics, result
 from tests.tasks import write_baseline, write_bert, write_mnli, write_race, write_squad
@@ -189,6 +190,7 @@ WRONG = [
         "optimizer.shard works with every trainer.precision but 16-mixed",
     ),
     (["trainer.precision=bf16-true"], "trainer.precision bf16-true is for pretraining: finetune"),
+    (["tokenizer=left"], "has padding_side 'left': a BERT's first token is [CLS]"),
     (
         ["trainer=gpu", "trainer.precision=fp8"],
         "trainer.precision fp8 is for pretraining: finetune",
@@ -217,6 +219,9 @@ def test_wrong_input_is_named_before_anything_runs(
     in_process: Run, inputs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     finetune(in_process, "run", *MNLI, "checkpoint=bert", "trainer.max_steps=1")
+    left = load_tokenizer(str(inputs / "bert"))
+    left.padding_side = left.init_kwargs["padding_side"] = "left"  # what save_pretrained writes
+    left.save_pretrained(inputs / "left")
     rows = (inputs / "train.jsonl").read_text().splitlines()
     rows[1] = rows[1].replace("contradiction", "maybe")
     (inputs / "bad.jsonl").write_text("\n".join(rows))

@@ -60,6 +60,8 @@ def open_checkpoint(name: str | None) -> Checkpoint:
     """Read a checkpoint; of a run that kept its best one, that."""
     if not name:
         raise ValueError("checkpoint= is missing: a run directory, a Hugging Face folder or name")
+    if not isinstance(name, str | Path):
+        raise ValueError(f"checkpoint={name} is not the name of a directory")
     best = Path(name).expanduser() / CHECKPOINTS / BEST
     return read_checkpoint(best if best.is_dir() else name)
 
@@ -121,6 +123,11 @@ def open_source(
     model = dataclasses.replace(checkpoint.model, **changes)
     model.check_tensor_parallel(tensor_parallel_size)
     tokenizer = open_tokenizer(config["tokenizer"], checkpoint)
+    if tokenizer.padding_side != "right":
+        raise ValueError(
+            f"the tokenizer of {checkpoint.path} has padding_side {tokenizer.padding_side!r}:"
+            " a BERT's first token is [CLS], so that padding comes last"
+        )
     return PretrainedBert(checkpoint, model, task, needs_head=needs_head), tokenizer
 
 
