@@ -2,8 +2,8 @@
 
 A single run on one device happens in this process. In a sweep every job is its own process tree
 with its frozen configuration and a clean environment, so that nothing a job does can end its
-siblings; a job of several devices runs under torch.distributed.run. Where torchrun or srun made the
-processes, those are used.
+siblings; a job of several devices is a process for each. Where torchrun or srun made the processes,
+those are used.
 """
 
 import contextlib
@@ -11,10 +11,11 @@ import importlib
 import logging
 import os
 import signal
-import subprocess
 import sys
+import tempfile
 import time
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,15 +28,15 @@ from omegaconf import DictConfig, OmegaConf
 from hydratron.arguments import InputError, override_dictionary
 from hydratron.checkpoint.runs import FROZEN_CONFIG
 from hydratron.processes import (
-    child_command,
-    clean_environment,
-    end_tree,
+    TERMINATED,
+    end_ranks,
     end_with_parent,
     is_external_launch,
     is_first_rank,
     num_local_devices,
     num_started,
     slurm_resource,
+    start_ranks,
     wait,
     world_size,
 )
@@ -54,7 +55,6 @@ from hydratron.result import (
 )
 
 OUTPUT = "output.log"
-TERMINATED = 128 + signal.SIGTERM
 INTERRUPTED = 128 + signal.SIGINT
 
 
@@ -87,12 +87,21 @@ def main(command: str) -> None:
     """Run `command` as a Hydra application on sys.argv."""
 
     failures: list[Exception] = []
+    owner = os.getpid()
 
     def task(config: DictConfig) -> float | None:
+        hydra_config = HydraConfig.get()
+        is_sweep = hydra_config.mode == RunMode.MULTIRUN
+        if is_sweep and os.path.isdir(begun):  # not on a cluster's nodes
+            Path(begun, str(hydra_config.job.num)).write_text(hydra_config.runtime.output_dir)
+        if "joblib" in hydra_config.launcher._target_:
+            end_with_parent(signal.SIGTERM)  # its job then ends as with any SIGTERM
+            if os.getppid() != owner:
+                raise SystemExit(TERMINATED)
         try:
             return launch(command, config)
         except (InputError, JobFailed) as error:
-            if HydraConfig.get().mode == RunMode.MULTIRUN:
+            if is_sweep:
                 raise  # Hydra lets the siblings run and raises at the end
             failures.append(error)  # Hydra would print its own lines around a single run's
             return None
@@ -102,9 +111,24 @@ def main(command: str) -> None:
     # what SLURM's launcher of conf/ leaves out is to come from the plugin's of the same name
     warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/submitit_slurm' is validated")
     tree = str(configuration_directory())
-    hydra.main(version_base="1.3", config_path=tree, config_name=command)(task)()
+    with tempfile.TemporaryDirectory(prefix="hydratron-") as begun:
+        try:
+            hydra.main(version_base="1.3", config_path=tree, config_name=command)(task)()
+        except KeyboardInterrupt:
+            note_interrupted(command, [Path(file.read_text()) for file in Path(begun).iterdir()])
+            raise
     for error in failures:
         raise error
+
+
+def note_interrupted(command: str, run_dirs: Sequence[Path]) -> None:
+    """Write the results of jobs that could not: joblib kills its workers, and they with them."""
+    for run_dir in run_dirs:
+        if (run_dir / FROZEN_CONFIG).exists() and not read_result(run_dir):
+            job = read_job(command, run_dir)
+            duration = round(time.time() - (run_dir / FROZEN_CONFIG).stat().st_mtime, 3)
+            write_result(job, status="failed", error="interrupted", duration_s=duration)
+            end_tracking(job, status=INTERRUPTED)
 
 
 class SweepDefinition(Callback):
@@ -285,33 +309,37 @@ def run_children(job: Job, *, log: Path | None) -> None:
     previous = signal.signal(signal.SIGTERM, lambda number, _: requested.append(number))
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(log.open("w")) if log else None
-        process = subprocess.Popen(
-            child_command(job.command, job.run_dir, num_devices=num_local_devices(job.config)),
-            env=clean_environment(),
-            stdout=output,
-            stderr=subprocess.STDOUT if output else None,
-            start_new_session=True,
-            preexec_fn=end_with_parent,
+        meeting = stack.enter_context(tempfile.TemporaryDirectory(prefix="hydratron-"))
+        number, killed = num_local_devices(job.config), None
+        ranks = start_ranks(
+            job.command, job.run_dir, num_ranks=number, meeting=meeting, output=output
         )
         try:
-            wait(process, requested)
+            killed = wait(ranks, requested)
         except KeyboardInterrupt:
             note_failure(job.run_dir, "interrupted")
             raise
         finally:
-            end_tree(process)
+            end_ranks(ranks)
             signal.signal(signal.SIGTERM, previous)
             duration = time.monotonic() - started
-            result = completed_result(job, returncode=process.returncode, duration=duration)
-            end_tracking(job, status=process.returncode)
+            codes = [rank.returncode for rank in ranks]
+            result = completed_result(job, killed=killed, codes=codes, duration=duration)
+            end_tracking(job, status=result_status(result))
     if log:
         print(job_line(job, result), flush=True)
     if requested:
         raise SystemExit(TERMINATED)
     if result["status"] != "ok":
-        status = TERMINATED if result["status"] == "preempted" else 1
         message = result["error"] or result["status"]
-        raise JobFailed(f"{job.run_dir}: {message}", status=status)
+        raise JobFailed(f"{job.run_dir}: {message}", status=result_status(result))
+
+
+def result_status(result: Mapping[str, Any]) -> int:
+    """Return the exit status that says what a result says."""
+    if result["error"] == "interrupted":
+        return INTERRUPTED
+    return {"ok": 0, "preempted": TERMINATED}.get(result["status"], 1)
 
 
 def exit_status(error: BaseException) -> int:
@@ -325,22 +353,23 @@ def exit_status(error: BaseException) -> int:
 
 
 def end_tracking(job: Job, *, status: int) -> None:
-    """End what a killed process tree could not end, with the status that a shell would see."""
+    """End what a killed process tree could not end."""
     if "_target_" in (job.config.get("logger") or {}):
         tracking = importlib.import_module("hydratron.commands.tracking")
-        seen = status if status >= 0 else 128 - status
-        tracking.complete(job.config["logger"], job.run_dir, status=seen)
+        tracking.complete(job.config["logger"], job.run_dir, status=status)
+
+
+def read_job(command: str, run_dir: Path) -> Job:
+    """Return the job that was frozen in `run_dir`."""
+    config = OmegaConf.to_container(OmegaConf.load(run_dir / FROZEN_CONFIG))
+    given: Any = OmegaConf.load(run_dir / ".hydra/overrides.yaml")
+    return Job(command, run_dir, cast(dict[str, Any], config), override_dictionary(list(given)))
 
 
 def worker(command: str, run_dir: Path) -> int:
     """Run a frozen job as one of its processes; return the exit status."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        end_with_parent()
-    config = OmegaConf.to_container(OmegaConf.load(run_dir / FROZEN_CONFIG))
-    given: Any = OmegaConf.load(run_dir / ".hydra/overrides.yaml")
-    overrides = override_dictionary(list(given))
     try:
-        execute(Job(command, run_dir, cast(dict[str, Any], config), overrides))
+        execute(read_job(command, run_dir))
     except InputError as error:
         print(f"hydratron {command}: {error}", file=sys.stderr)
         return 2

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import traceback
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,17 +81,29 @@ def note_failure(run_dir: Path, text: str) -> str:
     return json.loads(path.read_text())["error"]
 
 
-def completed_result(job: Job, *, returncode: int, duration: float) -> dict[str, Any]:
-    """Read the result of a process tree that ended; write one in its name if it could not."""
+def completed_result(
+    job: Job, *, killed: str | None, codes: Sequence[int], duration: float
+) -> dict[str, Any]:
+    """Read the result of a job's processes after they ended, or write what they could not.
+
+    Args:
+        killed: which process a signal ended that nobody asked for: what its peers wrote of
+            themselves is a symptom.
+        codes: how all of them ended, as Popen.returncode.
+        duration: seconds.
+    """
     result = read_result(job.run_dir)
-    if result:
+    if result and (result["status"] == "ok" or not killed):
         return result
-    ended_by = signal.Signals(-returncode).name if returncode < 0 else f"status {returncode}"
-    error = f"the job's process ended by {ended_by} without a result"
+    ended = ", ".join(
+        signal.Signals(-code).name if code < 0 else f"status {code}" for code in codes
+    )
+    error = killed or f"the job ended by {ended} without a result"
     failure = job.run_dir / FAILURE
-    if failure.exists():
+    if not killed and failure.exists():
         error = json.loads(failure.read_text())["error"]
-    return write_result(job, status="failed", error=error, duration_s=round(duration, 3))
+    found = {"duration_s": round(duration, 3)} | result
+    return write_result(job, **found | {"status": "failed", "error": error})
 
 
 def describe_outcome(result: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ import torch
 
 from tests.end_to_end.conftest import TINY, metrics, result, wait_for_step
 from tests.tasks import write_bert, write_mnli
+from tests.waiting import PATIENCE
 from tests.wandb_files import OfflineRun, read_offline_runs
 
 WANDB = [*TINY, "logger=wandb"]
@@ -99,9 +100,9 @@ def test_a_stopped_run_says_so_and_a_resumed_one_goes_on_under_its_id(
     hydratron, start, tmp_path: Path, number: signal.Signals, grid: str, exit_code: int
 ) -> None:
     process = start("logger=wandb", "trainer.checkpoint_every=2", f"parallel={grid}")
-    wait_for_step(tmp_path / "run", 3)
+    wait_for_step(tmp_path / "run", 3, process)
     os.kill(process.pid, number)
-    assert process.wait(timeout=60) == exit_code, (tmp_path / "output.txt").read_text()
+    assert process.wait(timeout=PATIENCE) == exit_code, (tmp_path / "output.txt").read_text()
     (stopped,) = read_offline_runs(tmp_path)
     assert stopped.exit_code == exit_code
     steps = int((tmp_path / "run/checkpoints/last").resolve().name.removeprefix("step-"))
@@ -121,7 +122,7 @@ def rank_zero(run_dir: Path) -> int:
             variables = path.with_name("environ").read_bytes().split(b"\0")
         except OSError:
             continue
-        is_worker = "hydratron.launch" in words and "torch.distributed.run" not in words
+        is_worker = "hydratron.launch" in words
         if is_worker and any(str(run_dir) in word for word in words) and b"RANK=1" not in variables:
             return int(path.parent.name)
     raise AssertionError(f"no worker of {run_dir} found")
@@ -130,9 +131,9 @@ def rank_zero(run_dir: Path) -> int:
 @pytest.mark.slow
 def test_the_run_of_a_killed_job_is_ended_by_its_launcher(start, tmp_path: Path) -> None:
     process = start("logger=wandb", "parallel=tp2")
-    wait_for_step(tmp_path / "run", 3)
+    wait_for_step(tmp_path / "run", 3, process)
     os.kill(rank_zero(tmp_path / "run"), signal.SIGKILL)
-    assert process.wait(timeout=60) == 1
+    assert process.wait(timeout=PATIENCE) == 1
     runs = read_offline_runs(tmp_path)
     (ended,) = (run for run in runs if run.exit_code is not None)
     assert ended.exit_code == 1
