@@ -7,15 +7,17 @@ those are used.
 """
 
 import contextlib
+import errno
 import importlib
 import logging
 import os
+import shutil
 import signal
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,12 +43,13 @@ from hydratron.processes import (
     world_size,
 )
 from hydratron.result import (
-    FAILURE,
+    FULL,
     OFFLINE_RUNS,
-    RESULT,
+    RESERVED_BYTES,
     Job,
     completed_result,
     describe_outcome,
+    forget_outcome,
     job_line,
     note_failure,
     read_result,
@@ -244,12 +247,6 @@ def execute_as_one_of_many(job: Job) -> None:
         raise
 
 
-def forget_outcome(job: Job) -> None:
-    """Remove what an earlier try of the job left, so that it is not taken for this one's."""
-    for name in (RESULT, FAILURE):
-        (job.run_dir / name).unlink(missing_ok=True)
-
-
 def execute(job: Job) -> None:
     """Run the job in this process and, on rank 0, write its `result.json`, also on failure."""
     started = time.monotonic()
@@ -262,11 +259,13 @@ def execute(job: Job) -> None:
             prepared = module.prepare(job.config)
         except ValueError as error:
             raise InputError(str(error)) from error
-        outcome = {"status": "ok"} | module.run(prepared, job.run_dir)
+        with full_disks_named(job):
+            outcome = {"status": "ok"} | module.run(prepared, job.run_dir)
         if outcome["status"] == "preempted":
             reason = outcome["stopped_by"]
             raise JobPreempted(f"stopped by {reason}; resume={job.run_dir}", stopped_by=reason)
     except BaseException as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # or it would end this before its result
         if isinstance(error, SystemExit) and error.code == TERMINATED:
             outcome["status"] = "preempted"
         if outcome["status"] != "preempted":
@@ -284,6 +283,24 @@ def execute(job: Job) -> None:
             found = describe_outcome(write_result(job, **outcome, duration_s=duration))
             if outcome["status"] == "ok" and found:
                 print(f"{job.run_dir}: {found}", flush=True)
+
+
+@contextlib.contextmanager
+def full_disks_named(job: Job) -> Iterator[None]:
+    """Raise JobFailed where a file cannot be written any more: what fails tells no name of it, and
+    torch's own files not even why.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        is_full = shutil.disk_usage(job.run_dir).free < RESERVED_BYTES
+        number = errno.ENOSPC if is_full else getattr(error, "errno", None)
+        if number not in FULL or isinstance(error, JobFailed):
+            raise
+        place = getattr(error, "filename", None) or job.run_dir
+        for unfinished in job.run_dir.glob("checkpoints/*.tmp"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        raise JobFailed(f"{place}: cannot be written to: {os.strerror(number)}") from error
 
 
 def stop_at_once(*_: Any) -> None:

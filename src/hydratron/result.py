@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import errno
 import importlib.metadata
 import json
 import os
@@ -14,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk that was good so far
 RESULT = "result.json"
 FAILURE = ".hydra/failure.json"
+RESERVED_BYTES = 32768  # for the result of a run that ends because its disk is full
 TRACKED = ".hydra/wandb.json"  # the job's W&B id and the exit status it ended with there
 OFFLINE_RUNS = "wandb/offline-run-*"
 # what a benchmark is read for
@@ -59,9 +62,21 @@ def write_result(job: Job, **outcome: Any) -> dict[str, Any]:
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     } | outcome
     temporary = job.run_dir / f"{RESULT}.tmp"
-    temporary.write_text(json.dumps(result, indent=2) + "\n")
+    with temporary.open("r+" if temporary.exists() else "w") as file:
+        file.write(json.dumps(result, indent=2) + "\n")
+        file.truncate()
     os.replace(temporary, job.run_dir / RESULT)
     return result
+
+
+def forget_outcome(job: Job) -> None:
+    """Remove what an earlier try of the job left, so that it is not taken for this one's, and keep
+    room on the disk for what this one will say.
+    """
+    for name in (RESULT, FAILURE):
+        (job.run_dir / name).unlink(missing_ok=True)
+    with (job.run_dir / f"{RESULT}.tmp").open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, RESERVED_BYTES)
 
 
 def read_result(run_dir: Path) -> dict[str, Any]:
@@ -71,14 +86,20 @@ def read_result(run_dir: Path) -> dict[str, Any]:
 
 
 def note_failure(run_dir: Path, text: str) -> str:
-    """Keep the first failure of the job's ranks: peers that it takes down know only a symptom."""
+    """Return the first failure of the job's ranks, and keep it where there is room: peers that it
+    takes down know only a symptom.
+    """
     path = run_dir / FAILURE
     mine = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
-    mine.write_text(json.dumps({"error": text, "trace": traceback.format_exc()}))
-    with contextlib.suppress(FileExistsError):
-        os.link(mine, path)  # whole or not at all, and never over another's
-    mine.unlink()
-    return json.loads(path.read_text())["error"]
+    try:
+        mine.write_text(json.dumps({"error": text, "trace": traceback.format_exc()}))
+        with contextlib.suppress(FileExistsError):
+            os.link(mine, path)  # whole or not at all, and never over another's
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+    mine.unlink(missing_ok=True)
+    return json.loads(path.read_text())["error"] if path.exists() else text
 
 
 def completed_result(

@@ -8,24 +8,17 @@ from typing import Any
 from pytorch_lightning.loggers import Logger
 
 from hydratron.arguments import InputError
-from hydratron.checkpoint.sharded import (
-    CheckpointError,
-    check_space,
-    load_loop_state,
-    newest_checkpoint,
-)
+from hydratron.checkpoint.sharded import check_space, load_loop_state, newest_checkpoint
 from hydratron.checkpoint.source import TOKENIZER
 from hydratron.commands.configuration import build, check_devices
 from hydratron.commands.environment import cluster_environment
 from hydratron.commands.tracking import check_installed, note, tracked
 from hydratron.data.config import DataConfig
-from hydratron.launch import JobFailed
 from hydratron.models.config import ModelConfig
 from hydratron.training.callbacks import NUM_KEPT, Throughput, stopped_by
 from hydratron.training.config import ParallelConfig, TrainerConfig
 from hydratron.training.datamodule import PretrainingData
 from hydratron.training.metrics import MetricsFile
-from hydratron.training.module import NonFiniteLossError
 from hydratron.training.optimisation import OptimizerConfig
 from hydratron.training.pretraining import PretrainingModule, num_parameters
 from hydratron.training.trainer import CHECKPOINTS, build_trainer
@@ -117,13 +110,7 @@ def train(job: PretrainJob, run_dir: Path, loggers: Sequence[Logger]) -> dict[st
     checkpoint = newest_checkpoint(run_dir / CHECKPOINTS)
     if checkpoint is not None:
         metrics_file.continue_after(load_loop_state(checkpoint)["global_step"])
-    try:
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
-    except NonFiniteLossError as error:
-        good = newest_checkpoint(run_dir / CHECKPOINTS) or "none"
-        raise JobFailed(f"{error}; last good checkpoint: {good}") from error
-    except CheckpointError as error:
-        raise JobFailed(str(error)) from error
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
     reason = stopped_by(trainer)
     if not reason and module.validated_step != trainer.global_step:
         trainer.validate(module, datamodule=data, verbose=False)

@@ -9,7 +9,8 @@ import netrc
 import os
 import platform
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,12 @@ from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from hydratron.checkpoint.runs import FROZEN_CONFIG
-from hydratron.launch import TERMINATED, exit_status
+from hydratron.checkpoint.sharded import CheckpointError, newest_checkpoint
+from hydratron.launch import TERMINATED, JobFailed, exit_status
 from hydratron.processes import world_size
 from hydratron.result import PACKAGES, TRACKED, git_commit, package_version, sync_command
+from hydratron.training.module import NonFiniteLossError
+from hydratron.training.trainer import CHECKPOINTS
 
 MAX_TAG_LENGTH = 64  # W&B refuses longer tags, and names and groups beyond 128
 MAX_NAME_LENGTH = 128
@@ -42,13 +46,27 @@ def tracked(
     """
     loggers = build_loggers(node, run_dir)
     try:
-        outcome = work(loggers)
+        with failures_explained(run_dir):
+            outcome = work(loggers)
     except BaseException as error:
         finish(loggers, run_dir, {}, status=exit_status(error))
         raise
     status = TERMINATED if outcome.get("status") == "preempted" else 0
     finish(loggers, run_dir, outcome, status=status)
     return outcome
+
+
+@contextmanager
+def failures_explained(run_dir: Path) -> Iterator[None]:
+    """Raise JobFailed, a line, for what training itself says of its end."""
+    directory = run_dir / CHECKPOINTS
+    try:
+        yield
+    except NonFiniteLossError as error:
+        good = newest_checkpoint(directory) or "none"
+        raise JobFailed(f"{error}; last good checkpoint: {good}") from error
+    except CheckpointError as error:
+        raise JobFailed(str(error)) from error
 
 
 def check_installed(node: Mapping[str, Any] | None) -> None:
