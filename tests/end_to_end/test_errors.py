@@ -40,6 +40,10 @@ def corpus(tmp_path: Path) -> Path:
             ["data.global_batch_size=33", "parallel=dp2"],
             "global_batch_size 33 is not divisible by data_parallel_size 2",
         ),
+        (
+            ["data.validation_samples=1", "parallel=dp2"],
+            "data.validation_samples 1 is less than data_parallel_size 2",
+        ),
         (["data=indexed"], "data.path= is missing"),
         (["resume=nowhere"], "resume=nowhere: there is no such directory"),
         (["resume=empty"], "resume=empty: no run directory"),

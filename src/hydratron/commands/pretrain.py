@@ -45,6 +45,11 @@ def prepare(config: Mapping[str, Any]) -> PretrainJob:
     check_devices(trainer, parallel.world_size)
     check_installed(config["logger"])
     model.check_tensor_parallel(parallel.tensor_parallel_size)
+    if data.validation_samples < parallel.data_parallel_size:
+        raise ValueError(
+            f"data.validation_samples {data.validation_samples} is less than"
+            f" data_parallel_size {parallel.data_parallel_size}: each replica needs one"
+        )
     if optimizer.shard and trainer.precision == "16-mixed":
         raise ValueError("optimizer.shard works with every trainer.precision but 16-mixed")
     return PretrainJob(
