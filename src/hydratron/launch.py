@@ -23,6 +23,8 @@ from typing import Any, cast
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, QuotedString
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -111,6 +113,7 @@ def main(command: str) -> None:
 
     OmegaConf.register_new_resolver("slurm", slurm_resource, replace=True)
     OmegaConf.register_new_resolver("plus", lambda a, b: a + b, replace=True)
+    check_choices(sys.argv[1:])
     # what SLURM's launcher of conf/ leaves out is to come from the plugin's of the same name
     warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/submitit_slurm' is validated")
     tree = str(configuration_directory())
@@ -132,6 +135,19 @@ def note_interrupted(command: str, run_dirs: Sequence[Path]) -> None:
             duration = round(time.time() - (run_dir / FROZEN_CONFIG).stat().st_mtime, 3)
             write_result(job, status="failed", error="interrupted", duration_s=duration)
             end_tracking(job, status=INTERRUPTED)
+
+
+def check_choices(arguments: Sequence[str]) -> None:
+    """Raise InputError where a configuration group is given what is no name of one of its files."""
+    overrides = [a for a in arguments if "=" in a and not a.startswith("-")]
+    for override in OverridesParser.create().parse_overrides(overrides):
+        group = configuration_directory() / override.key_or_group
+        given: Any = override.value()
+        names = given.list if isinstance(given, ChoiceSweep) else [given]
+        is_group = group.is_dir() or override.key_or_group.startswith("hydra/")
+        if is_group and not all(isinstance(n, str | QuotedString | list) for n in names):
+            known = ", ".join(sorted(path.stem for path in group.glob("*.yaml")))
+            raise InputError(f"{override.input_line}: a name is needed, one of {known}")
 
 
 class SweepDefinition(Callback):

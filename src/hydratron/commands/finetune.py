@@ -10,7 +10,7 @@ from pytorch_lightning.loggers import Logger
 from hydratron.commands.configuration import build
 from hydratron.commands.environment import cluster_environment
 from hydratron.commands.tasks import build_task, describe_source, fill, open_source
-from hydratron.commands.tracking import check_installed, note, tracked
+from hydratron.commands.tracking import check_logger, note, tracked
 from hydratron.training.config import ParallelConfig, TrainerConfig
 from hydratron.training.finetuning import FinetuneJob, finetune
 from hydratron.training.optimisation import OptimizerConfig
@@ -27,7 +27,7 @@ class PreparedJob:
 
 def prepare(config: Mapping[str, Any]) -> PreparedJob:
     """Check a configuration and encode its data; ValueError says what is wrong with it."""
-    check_installed(config["logger"])
+    check_logger(config["logger"])
     task = build_task(config["task"])
     batches = build(BatchConfig, config["data"], name="data")
     optimizer = build(OptimizerConfig, config["optimizer"], name="optimizer")

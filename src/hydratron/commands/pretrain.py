@@ -12,7 +12,7 @@ from hydratron.checkpoint.sharded import check_space, load_loop_state, newest_ch
 from hydratron.checkpoint.source import TOKENIZER
 from hydratron.commands.configuration import build, check_devices
 from hydratron.commands.environment import cluster_environment
-from hydratron.commands.tracking import check_installed, note, tracked
+from hydratron.commands.tracking import check_logger, note, tracked
 from hydratron.data.config import DataConfig
 from hydratron.models.config import ModelConfig
 from hydratron.training.callbacks import NUM_KEPT, Throughput, stopped_by
@@ -43,7 +43,7 @@ def prepare(config: Mapping[str, Any]) -> PretrainJob:
     trainer = build(TrainerConfig, config["trainer"], name="trainer")
     parallel = build(ParallelConfig, config["parallel"], name="parallel")
     check_devices(trainer, parallel.world_size)
-    check_installed(config["logger"])
+    check_logger(config["logger"])
     model.check_tensor_parallel(parallel.tensor_parallel_size)
     if data.validation_samples < parallel.data_parallel_size:
         raise ValueError(
