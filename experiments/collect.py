@@ -18,7 +18,7 @@ import pandas as pd
 
 from hydratron.report.groups import SCORE, UNIGRAM_ENTROPY
 from hydratron.report.layers import LAYER_NORM
-from hydratron.report.runs import Run, load_runs
+from hydratron.report.runs import UNREADABLE, Run, load_runs
 
 SWEPT = ("seed", "model.num_layers", "layernorm", "init", "optimizer.lr")
 ALSO_SWEPT = ("task", "size", "model.hidden_size")  # columns where runs differ in them
@@ -68,6 +68,24 @@ def result_row(run: Run) -> dict[str, Any]:
     return row
 
 
+def stray_validations(runs: Sequence[Run]) -> list[str]:
+    """The `val/loss@STEP` where a run that was stopped and went on validated besides: others that
+    trained as far did not. One that ended before says nothing of a step.
+    """
+    validated = {run.path: set(run.series("val/loss").index) for run in runs}
+    reached = {
+        run.path: max(run.result.get("steps") or 0, *run.series("train/loss").index, 0)
+        for run in runs
+    }
+    steps = sorted(set().union(*validated.values()))
+    is_stray = {
+        step: not any(reached[path] >= step for path in validated)
+        or any(reached[path] >= step and step not in validated[path] for path in validated)
+        for step in steps
+    }
+    return [f"val/loss@{step}" for step in steps if is_stray[step]]
+
+
 def layer_rows(run: Run, steps: Sequence[int]) -> list[dict[str, Any]]:
     """The gradient norm of every layer at `steps`."""
     frame = run.metrics.filter(regex=LAYER_NORM)
@@ -104,7 +122,11 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Read the runs, write the file."""
     options = parse_arguments()
-    runs = load_runs([options.directory]).runs
+    collection = load_runs([options.directory])
+    runs = collection.readable
+    for run in collection.runs:
+        if run.status == UNREADABLE:
+            print(f"left out: {run.name}: {run.error}")
     name, by_run = "results.csv", [[result_row(run)] for run in runs]
     if options.layer_steps:
         name = "gradient_norms.csv"
@@ -122,9 +144,10 @@ def main() -> None:
         settings = {key: run.value(key) for key in swept}
         rows += [settings | row | facts for row in found]
     frame = pd.DataFrame(rows)
-    # a run that was stopped and went on also validated where it stopped
-    along = [c for c in frame if str(c).startswith("val/loss@") and frame[c].isna().any()]
-    frame = frame.drop(columns=along).dropna(axis="columns", how="all")
+    stray = [column for column in stray_validations(runs) if column in frame]
+    if stray:
+        print(f"left out, as not every run that got there validated there: {', '.join(stray)}")
+    frame = frame.drop(columns=stray).dropna(axis="columns", how="all")
     keys = [key for key in (*swept, "step", "layer") if key in frame or key in kept]
     if options.add:
         frame = pd.concat([kept, frame]).drop_duplicates(keys, keep="last")

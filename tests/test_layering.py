@@ -13,6 +13,7 @@ ENTRY = PACKAGES | {
     "arguments",
     "processes",
     "result",
+    "sweeps",
     "torch",
     "lightning",
     "hydra",
@@ -30,7 +31,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "launch": ENTRY,
     "arguments": {"hydra", "result"},
     "processes": set(),
-    "result": set(),
+    "result": {"processes"},
+    "sweeps": {"hydra", "arguments", "result"},
     "cli": ENTRY,
 }
 THIRD_PARTY = {

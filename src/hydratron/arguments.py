@@ -7,9 +7,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+import yaml
 
+from hydratron.checkpoint.runs import ignored_keys
 from hydratron.result import read_result
+
+TRAININGS = ("pretrain", "finetune")  # the commands that go on with a run
+PATHS = ("checkpoint", "tokenizer", "runs", "output", "resume")  # top-level keys that are no group
 
 
 class InputError(ValueError):
@@ -21,46 +25,98 @@ def override_dictionary(overrides: list[str]) -> dict[str, str]:
     return {k.lstrip("+~"): v for k, _, v in (text.partition("=") for text in overrides)}
 
 
-def resumed_arguments(arguments: list[str]) -> list[str]:
+def resumed_arguments(command: str, arguments: list[str]) -> list[str]:
     """Turn `resume=DIR` into the arguments that made DIR, with those given now laid over them.
 
     Raises:
-        InputError: DIR is no run directory (with -m: no sweep directory).
+        InputError: DIR is no run directory (with -m: no sweep directory), or its arguments are
+            none that a run may give itself.
     """
     given = {a.partition("=")[0]: a for a in arguments if "=" in a}
-    directory = Path(override_dictionary(arguments)["resume"])
+    values = override_dictionary(arguments)
+    directory = Path(values["resume"])
     is_sweep = not {"-m", "--multirun"}.isdisjoint(arguments)
     source = directory / ("multirun.yaml" if is_sweep else ".hydra/overrides.yaml")
+    if not is_sweep and command not in TRAININGS:
+        raise InputError(f"resume= goes on with {' and '.join(TRAININGS)}, not with {command}")
     if not directory.is_dir():
         raise InputError(f"resume={directory}: there is no such directory")
     if not source.is_file():
         kind = "sweep" if is_sweep else "run"
         raise InputError(f"resume={directory}: no {kind} directory, it has no {source.name}")
-    stored: Any = OmegaConf.load(source)
-    if is_sweep and stored.hydra.sweeper.get("n_trials") is not None:
-        given = search_continued(directory, stored.hydra.sweeper.n_trials, given)
+    stored = read_yaml(source)
     if is_sweep:
-        stored = [*stored.hydra.overrides.task, *stored.hydra.overrides.hydra]
+        sweeper, overrides = (_node(stored, "hydra", key) for key in ("sweeper", "overrides"))
+        if isinstance(sweeper.get("n_trials"), int):
+            given = search_continued(directory, sweeper["n_trials"], given)
+        stored = [*_strings(overrides.get("task"), source)]
+        launching = [a for a in _strings(overrides.get("hydra"), source) if is_launching(a)]
+        ignored = ",".join(ignored_keys(values))
+        subdir = f"hydra.sweep.subdir='${{job_directory:[{ignored}]}}'"
+        given = {a.partition("=")[0]: a for a in (*launching, subdir)} | given
     where = "hydra.sweep.dir" if is_sweep else "hydra.run.dir"
-    before = {text.partition("=")[0]: text for text in stored}
+    before = {text.partition("=")[0]: text for text in _strings(stored, source)}
+    for key in before.keys() - given.keys():
+        refuse_foreign(before[key], source)
     flags = [a for a in arguments if "=" not in a]
     return [*flags, *(before | given | {where: f"{where}={directory}"}).values()]
 
 
-def finished_run(command: str, arguments: list[str]) -> Path | None:
-    """Return the training that `resume=` alone asks to go on with, though it has ended well."""
-    given = override_dictionary(arguments)
-    if command not in ("pretrain", "finetune") or set(given) != {"resume"}:
-        return None  # more given: a sweep, or what may ask for more steps
-    found = read_result(Path(given["resume"]))
-    is_finished = (found.get("command"), found.get("status")) == (command, "ok")
-    return Path(given["resume"]) if is_finished else None
+def read_yaml(path: Path) -> Any:
+    """Read a file of a run directory as data.
+
+    Raises:
+        InputError: it cannot be read; names it.
+    """
+    try:
+        return yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"{path} is damaged: {' '.join(str(error).split())}") from error
+
+
+def _node(value: Any, *keys: str) -> dict[str, Any]:
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value if isinstance(value, dict) else {}
+
+
+def _strings(value: Any, source: Path) -> list[str]:
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise InputError(f"{source} is damaged: it holds no list of KEY=VALUE")
+    return value
+
+
+# what a sweep's own directory may say of how its jobs are launched; `setup`, say, is shell code
+LAUNCHING = ("array_parallelism", "cpus_per_task", "direction", "gpus_per_node", "mem_gb",
+             "n_jobs", "n_trials", "nodes", "partition", "qos", "tasks_per_node", "timeout_min")  # fmt: skip
+
+
+def is_launching(override: str) -> bool:
+    """Whether an override of Hydra itself is taken from a sweep that is resumed."""
+    key, _, value = override.lstrip("+").partition("=")
+    if key in ("hydra/launcher", "hydra/sweeper"):
+        return value.isidentifier()
+    group, _, name = key.rpartition(".")
+    is_parameter = key.startswith("hydra.sweeper.params.")
+    return group in ("hydra.launcher", "hydra.sweeper") and name in LAUNCHING or is_parameter
+
+
+def refuse_foreign(override: str, source: Path) -> None:
+    """Raise InputError where an override that a directory holds could run code.
+
+    A run directory may come from somebody else. Nothing in it names a class or a file to compose.
+    """
+    key, _, value = override.lstrip("+~").partition("=")
+    names_code = any(part.startswith("_") for part in key.replace("/", ".").split("."))
+    is_path = "." not in key and (".." in value or value.lstrip("'\"").startswith("/"))
+    if names_code or "_target_" in value or key.startswith(("hydra.", "hydra/")):
+        raise InputError(f"{source} sets {override}: give it on the command line to mean it")
+    if is_path and key not in PATHS:
+        raise InputError(f"{source} sets {override}: no choice of {key} is a path")
 
 
 def search_continued(directory: Path, total: int, given: dict[str, str]) -> dict[str, str]:
-    """Return `given` with as many trials as the search lacks, in directories of their own.
-
-    A search draws its values as it goes: what a trial of one number was, no other will be.
+    """Return `given` with as many trials as the search lacks.
 
     Raises:
         InputError: it lacks none.
@@ -70,11 +126,9 @@ def search_continued(directory: Path, total: int, given: dict[str, str]) -> dict
         total = int(given[key].partition("=")[2])
     jobs = [path.parent for path in directory.glob("*/.hydra") if path.parent.name.isdigit()]
     num_ok = sum(read_result(path).get("status") == "ok" for path in jobs)
-    if num_ok >= total:
+    if num_ok >= total and (directory / "optimization_results.yaml").exists():
         raise InputError(f"{directory} has {num_ok} trials that ended well; {key}= asks for more")
-    first = 1 + max((int(path.name) for path in jobs), default=-1)
-    subdir = f"hydra.sweep.subdir='${{plus:{first},${{hydra.job.num}}}}'"
-    return given | {key: f"{key}={total - num_ok}", "hydra.sweep.subdir": subdir}
+    return given | {key: f"{key}={max(0, total - num_ok)}"}
 
 
 def search_arguments(command: str, arguments: list[str]) -> list[str]:
@@ -95,7 +149,7 @@ def search_arguments(command: str, arguments: list[str]) -> list[str]:
         "hydra.sweeper.study_name": command,
         "hydra.sweeper.n_jobs": "1",
         "hydra.sweeper.max_failure_rate": "1.0",  # a trial that fails is noted, the search goes on
-        "+hydra.callbacks.definition._target_": "hydratron.launch.SweepDefinition",
+        "+hydra.callbacks.definition._target_": "hydratron.sweeps.SweepDefinition",
     }
     added = [f"{key}={value}" for key, value in defaults.items() if key.lstrip("+") not in given]
     return [*arguments, *added]
@@ -114,20 +168,11 @@ def sweep_definition_kept(arguments: list[str]) -> Iterator[None]:
             path.write_text(definition)
 
 
-def refuse_overwriting(arguments: list[str]) -> None:
-    """Raise InputError where a new run or sweep would write over an old one.
-
-    A preempted run is the exception: the same command goes on with it.
-    """
+def refuse_second_sweep(arguments: list[str]) -> None:
+    """Raise InputError where a new sweep would write over the definition of an old one."""
     given = override_dictionary(arguments)
-    if "resume" in given:
-        return
-    run_dir, sweep_dir = given.get("hydra.run.dir"), given.get("hydra.sweep.dir")
-    if {"-m", "--multirun"}.isdisjoint(arguments):
-        status = read_result(Path(run_dir)).get("status") if run_dir else None
-        if status == "ok":
-            raise InputError(f"{run_dir} holds a finished run already")
-        if status == "failed":
-            raise InputError(f"{run_dir} holds a run already; resume={run_dir} goes on with it")
-    elif sweep_dir and (Path(sweep_dir) / "multirun.yaml").exists():
+    sweep_dir = given.get("hydra.sweep.dir")
+    is_sweep = not {"-m", "--multirun"}.isdisjoint(arguments)
+    is_new = is_sweep and "resume" not in given
+    if is_new and sweep_dir and (Path(sweep_dir) / "multirun.yaml").exists():
         raise InputError(f"{sweep_dir} holds a sweep already; -m resume={sweep_dir} completes it")

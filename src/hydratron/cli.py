@@ -9,7 +9,6 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from hydratron import arguments, launch
-from hydratron.processes import is_first_rank
 
 HYDRA_COMMANDS = {
     "pretrain": "pretrain BERT (masked LM + sentence order) or GPT-2",
@@ -57,14 +56,10 @@ def main() -> None:
         elif command in HYDRA_COMMANDS:
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing
             rest = given[1:]
-            if finished := arguments.finished_run(command, rest):
-                if is_first_rank():
-                    print(f"{finished} has ended well; a larger trainer.max_steps= goes on")
-                return
             if any(argument.startswith("resume=") for argument in rest):
-                rest = arguments.resumed_arguments(rest)
+                rest = arguments.resumed_arguments(command, rest)
             rest = arguments.search_arguments(command, rest)
-            arguments.refuse_overwriting(rest)
+            arguments.refuse_second_sweep(rest)
             sys.argv = [f"hydratron {command}", *rest]
             with arguments.sweep_definition_kept(rest):
                 launch.main(command)

@@ -7,31 +7,36 @@ those are used.
 """
 
 import contextlib
-import errno
 import importlib
 import logging
 import os
-import shutil
 import signal
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, QuotedString
-from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from hydratron.arguments import InputError, override_dictionary
-from hydratron.checkpoint.runs import FROZEN_CONFIG
+from hydratron.checkpoint.runs import FROZEN_CONFIG, write_settings
+from hydratron.continuation import (
+    CONTINUES,
+    FINISHED,
+    check_identity,
+    job_directory,
+    settings_of,
+    sole_writer,
+    standing,
+)
 from hydratron.processes import (
+    INTERRUPTED,
     TERMINATED,
     end_ranks,
     end_with_parent,
@@ -45,41 +50,50 @@ from hydratron.processes import (
     world_size,
 )
 from hydratron.result import (
-    FULL,
     OFFLINE_RUNS,
-    RESERVED_BYTES,
     Job,
+    JobFailed,
+    JobPreempted,
     completed_result,
     describe_outcome,
+    exit_status,
     forget_outcome,
+    full_disks_named,
     job_line,
     note_failure,
     read_result,
+    result_status,
     sync_command,
     write_result,
 )
+from hydratron.sweeps import check_choices, check_ended_well, check_launcher, objective
 
 OUTPUT = "output.log"
-INTERRUPTED = 128 + signal.SIGINT
 
 
-class JobFailed(RuntimeError):
-    """A job did not end well; `status` is the exit status that says how."""
+def unused_directory(path: str) -> str:
+    """Resolve a default directory: make `path`, or the first new one of `path`-2, `path`-3, ...
 
-    def __init__(self, message: str, *, status: int = 1) -> None:
-        super().__init__(message)
-        self.status = status
+    Runs that start in the same second get directories of their own. Processes that torchrun or
+    SLURM made for one run must agree on it, and take it as it is.
+    """
+    if is_external_launch():
+        return path
+    number = 1
+    while True:
+        found = path if number == 1 else f"{path}-{number}"
+        try:
+            Path(found).mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+        else:
+            return found
 
 
-class JobPreempted(JobFailed):
-    """A job saved its state and ended early; `stopped_by` says why."""
-
-    def __init__(self, message: str, *, stopped_by: str) -> None:
-        super().__init__(message, status=TERMINATED)
-        self.stopped_by = stopped_by
-
-    def __reduce__(self) -> Any:
-        return JobFailed, (str(self),), {"status": self.status}
+# here and not in `main`: the processes of a parallel launcher import this module alone
+OmegaConf.register_new_resolver("slurm", slurm_resource, replace=True)
+OmegaConf.register_new_resolver("job_directory", job_directory, replace=True)
+OmegaConf.register_new_resolver("unused", unused_directory, replace=True, use_cache=True)
 
 
 def configuration_directory() -> Path:
@@ -111,20 +125,29 @@ def main(command: str) -> None:
             failures.append(error)  # Hydra would print its own lines around a single run's
             return None
 
-    OmegaConf.register_new_resolver("slurm", slurm_resource, replace=True)
-    OmegaConf.register_new_resolver("plus", lambda a, b: a + b, replace=True)
-    check_choices(sys.argv[1:])
     # what SLURM's launcher of conf/ leaves out is to come from the plugin's of the same name
     warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/submitit_slurm' is validated")
-    tree = str(configuration_directory())
+    tree = configuration_directory()
+    check_choices(sys.argv[1:], tree)
     with tempfile.TemporaryDirectory(prefix="hydratron-") as begun:
         try:
-            hydra.main(version_base="1.3", config_path=tree, config_name=command)(task)()
+            hydra.main(version_base="1.3", config_path=str(tree), config_name=command)(task)()
         except KeyboardInterrupt:
-            note_interrupted(command, [Path(file.read_text()) for file in Path(begun).iterdir()])
+            note_interrupted(command, jobs_in(begun))
             raise
+        except ValueError as error:
+            if isinstance(error, InputError) or not jobs_in(begun):
+                raise
+            where = jobs_in(begun)[0].parent
+            raise JobFailed(f"{where}: no trial has a value to search by") from error
+        check_ended_well(jobs_in(begun))
     for error in failures:
         raise error
+
+
+def jobs_in(begun: str) -> list[Path]:
+    """Return the directories of the jobs that a sweep has begun."""
+    return [Path(path.read_text()) for path in sorted(Path(begun).iterdir())]
 
 
 def note_interrupted(command: str, run_dirs: Sequence[Path]) -> None:
@@ -137,28 +160,6 @@ def note_interrupted(command: str, run_dirs: Sequence[Path]) -> None:
             end_tracking(job, status=INTERRUPTED)
 
 
-def check_choices(arguments: Sequence[str]) -> None:
-    """Raise InputError where a configuration group is given what is no name of one of its files."""
-    overrides = [a for a in arguments if "=" in a and not a.startswith("-")]
-    for override in OverridesParser.create().parse_overrides(overrides):
-        group = configuration_directory() / override.key_or_group
-        given: Any = override.value()
-        names = given.list if isinstance(given, ChoiceSweep) else [given]
-        is_group = group.is_dir() or override.key_or_group.startswith("hydra/")
-        if is_group and not all(isinstance(n, str | QuotedString | list) for n in names):
-            known = ", ".join(sorted(path.stem for path in group.glob("*.yaml")))
-            raise InputError(f"{override.input_line}: a name is needed, one of {known}")
-
-
-class SweepDefinition(Callback):
-    """Writes `multirun.yaml` for sweepers that leave that to the basic one."""
-
-    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        directory = Path(config.hydra.sweep.dir)
-        directory.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(config, directory / "multirun.yaml")
-
-
 def launch(command: str, config: DictConfig) -> float | None:
     """Run one Hydra job; return its objective (`val/loss`) for a sweeper."""
     hydra_config = HydraConfig.get()
@@ -166,71 +167,75 @@ def launch(command: str, config: DictConfig) -> float | None:
     is_sweep = hydra_config.mode == RunMode.MULTIRUN
     if is_sweep:
         check_launcher(hydra_config)
-    if is_sweep and config.get("resume") and read_result(run_dir).get("status") == "ok":
-        return objective(run_dir)
-    job = Job(
-        command,
-        run_dir,
-        freeze(config, run_dir),
-        override_dictionary(list(hydra_config.overrides.task)),
-    )
-    if "submitit" in hydra_config.launcher._target_:
-        # inherited from where the sweep was started, it would be the port of all jobs on a node
-        os.environ.pop("MASTER_PORT", None)
-        execute_as_one_of_many(job)
-    elif is_external_launch():
-        execute_as_one_of_many(job)
-    elif is_sweep:
-        try:
-            run_children(job, log=run_dir / OUTPUT)
-        finally:
-            if hydra_config.job.num == 0 and any(run_dir.glob(OFFLINE_RUNS)):
-                print(sync_command(Path(hydra_config.sweep.dir) / "*"), flush=True)
-    elif num_local_devices(job.config) > 1:
-        check(job)
-        run_children(job, log=None)
-    else:
-        forget_outcome(job)
-        execute(job)
-    return objective(run_dir)
-
-
-def check_launcher(hydra_config: Any) -> None:
-    """Raise InputError where an experiment that is swept over names another launcher than is used.
-
-    Hydra chooses the launcher before the jobs, and so their experiments, are composed.
-    """
-    definition = Path(hydra_config.sweep.dir) / "multirun.yaml"
-    used: Any = OmegaConf.load(definition).hydra.launcher if definition.exists() else None
-    wanted = hydra_config.runtime.choices["hydra/launcher"]
-    if used is not None and used._target_ != hydra_config.launcher._target_:
-        raise InputError(
-            f"hydra/launcher: {wanted} in an experiment file is ignored in a sweep over"
-            f" experiments: write hydra/launcher={wanted} on the command line"
-        )
-
-
-def objective(run_dir: Path) -> float | None:
-    """Return what a sweeper minimises; None on ranks other than 0, which write no result."""
-    return read_result(run_dir).get("val/loss")
-
-
-def freeze(config: DictConfig, run_dir: Path) -> dict[str, Any]:
-    """Resolve every interpolation once and leave the result where worker processes read it."""
+    composed = OmegaConf.to_yaml(config)
     OmegaConf.resolve(config)
-    path = run_dir / FROZEN_CONFIG
-    path.parent.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(config, path)
-    return cast(dict[str, Any], OmegaConf.to_container(config))
+    plain = cast(dict[str, Any], OmegaConf.to_container(config))
+    job = Job(command, run_dir, plain, override_dictionary(list(hydra_config.overrides.task)))
+    with sole_writer(run_dir) if is_first_rank() else contextlib.nullcontext():
+        found = standing(job, resumed=bool(config.get("resume")))
+        if found == FINISHED:
+            if is_first_rank():
+                done = f"{job_line(job, read_result(run_dir))}  (done before)"
+                alone = f"{run_dir} has ended well; a larger trainer.max_steps= goes on"
+                print(done if is_sweep else alone, flush=True)
+            return objective(run_dir)
+        is_local = not is_sweep and not is_external_launch() and num_local_devices(plain) == 1
+        # what an earlier run wrote is changed only when the job is known to be right
+        prepared = check(job, has_run=True) if found == CONTINUES else None
+        if is_first_rank():
+            freeze(job, composed, hydra_config)
+        if "submitit" in hydra_config.launcher._target_:
+            # inherited from where the sweep was started, it would be the port of all jobs on a node
+            os.environ.pop("MASTER_PORT", None)
+            execute_as_one_of_many(job)
+        elif is_external_launch():
+            execute_as_one_of_many(job)
+        elif is_sweep:
+            try:
+                run_children(job, log=run_dir / OUTPUT)
+            finally:
+                if hydra_config.job.num == 0 and any(run_dir.glob(OFFLINE_RUNS)):
+                    print(sync_command(Path(hydra_config.sweep.dir) / "*"), flush=True)
+        elif is_local:
+            forget_outcome(job)
+            execute(job, prepared)
+        else:
+            prepared = prepared or check(job)
+            run_children(job, log=None)
+        return objective(run_dir)
 
 
-def check(job: Job) -> None:
-    """Raise InputError for wrong input before any worker exists."""
+def freeze(job: Job, composed: str, hydra_config: Any) -> None:
+    """Write what the job is, where Hydra would have written it before anything was checked, and
+    the resolved configuration for worker processes.
+    """
+    directory = job.run_dir / ".hydra"
     try:
-        importlib.import_module(f"hydratron.commands.{job.command}").prepare(job.config)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "config.yaml").write_text(composed)
+        OmegaConf.save(OmegaConf.create(dict(job.config)), job.run_dir / FROZEN_CONFIG)
+        OmegaConf.save(OmegaConf.create({"hydra": hydra_config}), directory / "hydra.yaml")
+        OmegaConf.save(hydra_config.overrides.task, directory / "overrides.yaml")
+        write_settings(job.run_dir, settings_of(job))
+    except OSError as error:
+        raise InputError(f"{directory}: cannot be written to: {error.strerror}") from error
+
+
+def check(job: Job, *, has_run: bool = False) -> Any:
+    """Return the command's checked job, made before any worker exists.
+
+    Raises:
+        InputError: wrong input, or (`has_run`) other data than the directory's run was trained on.
+    """
+    try:
+        prepared = importlib.import_module(f"hydratron.commands.{job.command}").prepare(job.config)
     except ValueError as error:
-        write_result(job, status="failed", error=str(error), duration_s=0.0)
+        if not has_run:
+            write_result(job, status="failed", error=str(error), duration_s=0.0)
         raise InputError(str(error)) from error
+    if has_run:
+        check_identity(job.run_dir, prepared.describe()["identity"])
+    return prepared
 
 
 def execute_as_one_of_many(job: Job) -> None:
@@ -263,8 +268,11 @@ def execute_as_one_of_many(job: Job) -> None:
         raise
 
 
-def execute(job: Job) -> None:
-    """Run the job in this process and, on rank 0, write its `result.json`, also on failure."""
+def execute(job: Job, prepared: Any = None) -> None:
+    """Run the job in this process and, on rank 0, write its `result.json`, also on failure.
+
+    `prepared` is what `check` returned, where it was called already.
+    """
     started = time.monotonic()
     outcome: dict[str, Any] = {"status": "failed"}
     signal.signal(signal.SIGTERM, stop_at_once)  # until training begins and can checkpoint
@@ -272,10 +280,10 @@ def execute(job: Job) -> None:
         module = importlib.import_module(f"hydratron.commands.{job.command}")
         quiet_libraries()  # after the import: Lightning sets its own level
         try:
-            prepared = module.prepare(job.config)
+            prepared = prepared or module.prepare(job.config)
         except ValueError as error:
             raise InputError(str(error)) from error
-        with full_disks_named(job):
+        with full_disks_named(job.run_dir):
             outcome = {"status": "ok"} | module.run(prepared, job.run_dir)
         if outcome["status"] == "preempted":
             reason = outcome["stopped_by"]
@@ -299,24 +307,6 @@ def execute(job: Job) -> None:
             found = describe_outcome(write_result(job, **outcome, duration_s=duration))
             if outcome["status"] == "ok" and found:
                 print(f"{job.run_dir}: {found}", flush=True)
-
-
-@contextlib.contextmanager
-def full_disks_named(job: Job) -> Iterator[None]:
-    """Raise JobFailed where a file cannot be written any more: what fails tells no name of it, and
-    torch's own files not even why.
-    """
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        is_full = shutil.disk_usage(job.run_dir).free < RESERVED_BYTES
-        number = errno.ENOSPC if is_full else getattr(error, "errno", None)
-        if number not in FULL or isinstance(error, JobFailed):
-            raise
-        place = getattr(error, "filename", None) or job.run_dir
-        for unfinished in job.run_dir.glob("checkpoints/*.tmp"):
-            shutil.rmtree(unfinished, ignore_errors=True)
-        raise JobFailed(f"{place}: cannot be written to: {os.strerror(number)}") from error
 
 
 def stop_at_once(*_: Any) -> None:
@@ -366,23 +356,6 @@ def run_children(job: Job, *, log: Path | None) -> None:
     if result["status"] != "ok":
         message = result["error"] or result["status"]
         raise JobFailed(f"{job.run_dir}: {message}", status=result_status(result))
-
-
-def result_status(result: Mapping[str, Any]) -> int:
-    """Return the exit status that says what a result says."""
-    if result["error"] == "interrupted":
-        return INTERRUPTED
-    return {"ok": 0, "preempted": TERMINATED}.get(result["status"], 1)
-
-
-def exit_status(error: BaseException) -> int:
-    """Return the exit status that says how a job ended."""
-    # Lightning makes an exit(1) of an interrupt
-    if any(isinstance(e, KeyboardInterrupt) for e in (error, error.__context__)):
-        return INTERRUPTED
-    if isinstance(error, JobFailed):
-        return error.status
-    return error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
 
 
 def end_tracking(job: Job, *, status: int) -> None:

@@ -17,7 +17,9 @@ FOREIGN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "NODE_RA
                      "WANDB_SERVICE", "HYDRATRON_RENDEZVOUS")  # fmt: skip
 RENDEZVOUS = "HYDRATRON_RENDEZVOUS"  # the file in which the ranks that `start_ranks` made meet
 SECONDS_TO_STOP = 60  # for a last checkpoint after SIGTERM, before SIGKILL
-TERMINATED = 128 + signal.SIGTERM  # the exit status of a process that saved and ended early
+# exit statuses, as a shell gives them
+TERMINATED = 128 + signal.SIGTERM  # saved and ended early
+INTERRUPTED = 128 + signal.SIGINT
 PR_SET_PDEATHSIG = 1
 
 

@@ -6,14 +6,17 @@ import errno
 import importlib.metadata
 import json
 import os
+import shutil
 import signal
 import subprocess
 import traceback
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from hydratron.processes import INTERRUPTED, TERMINATED
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk that was good so far
 RESULT = "result.json"
@@ -31,7 +34,27 @@ TIMINGS = (
     "peer/step_ms",
     "perf/ratio_to_peer",
 )
+NOT_FINITE = (float("inf"), float("-inf"))
 PACKAGES = ("torch", "pytorch-lightning", "transformers")
+
+
+class JobFailed(RuntimeError):
+    """A job did not end well; `status` is the exit status that says how."""
+
+    def __init__(self, message: str, *, status: int = 1) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class JobPreempted(JobFailed):
+    """A job saved its state and ended early; `stopped_by` says why."""
+
+    def __init__(self, message: str, *, stopped_by: str) -> None:
+        super().__init__(message, status=TERMINATED)
+        self.stopped_by = stopped_by
+
+    def __reduce__(self) -> Any:
+        return JobFailed, (str(self),), {"status": self.status}
 
 
 @dataclass(frozen=True)
@@ -61,9 +84,11 @@ def write_result(job: Job, **outcome: Any) -> dict[str, Any]:
         "size": job.config.get("size"),
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     } | outcome
+    # JSON has no NaN
+    result = {k: None if v in NOT_FINITE or v != v else v for k, v in result.items()}
     temporary = job.run_dir / f"{RESULT}.tmp"
     with temporary.open("r+" if temporary.exists() else "w") as file:
-        file.write(json.dumps(result, indent=2) + "\n")
+        file.write(json.dumps(result, indent=2, allow_nan=False) + "\n")
         file.truncate()
     os.replace(temporary, job.run_dir / RESULT)
     return result
@@ -80,9 +105,16 @@ def forget_outcome(job: Job) -> None:
 
 
 def read_result(run_dir: Path) -> dict[str, Any]:
-    """Return what `result.json` says, an empty dictionary where there is none."""
+    """Return what `result.json` says, an empty dictionary where there is none.
+
+    A file that is damaged says that its status is `unreadable`.
+    """
     path = run_dir / RESULT
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        result = json.loads(path.read_bytes()) if path.exists() else {}
+    except (ValueError, RecursionError):
+        result = None
+    return result if isinstance(result, dict) else {"status": "unreadable"}
 
 
 def note_failure(run_dir: Path, text: str) -> str:
@@ -127,6 +159,41 @@ def completed_result(
     return write_result(job, **found | {"status": "failed", "error": error})
 
 
+def result_status(result: Mapping[str, Any]) -> int:
+    """Return the exit status that says what a result says."""
+    if result["error"] == "interrupted":
+        return INTERRUPTED
+    return {"ok": 0, "preempted": TERMINATED}.get(result["status"], 1)
+
+
+def exit_status(error: BaseException) -> int:
+    """Return the exit status that says how a job ended."""
+    # Lightning makes an exit(1) of an interrupt
+    if any(isinstance(e, KeyboardInterrupt) for e in (error, error.__context__)):
+        return INTERRUPTED
+    if isinstance(error, JobFailed):
+        return error.status
+    return error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
+
+
+@contextlib.contextmanager
+def full_disks_named(run_dir: Path) -> Iterator[None]:
+    """Raise JobFailed where a file cannot be written any more: what fails tells no name of it, and
+    torch's own files not even why.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        is_full = shutil.disk_usage(run_dir).free < RESERVED_BYTES
+        number = errno.ENOSPC if is_full else getattr(error, "errno", None)
+        if number not in FULL or isinstance(error, JobFailed):
+            raise
+        place = getattr(error, "filename", None) or run_dir
+        for unfinished in run_dir.glob("checkpoints/*.tmp"):
+            shutil.rmtree(unfinished, ignore_errors=True)
+        raise JobFailed(f"{place}: cannot be written to: {os.strerror(number)}") from error
+
+
 def describe_outcome(result: dict[str, Any]) -> str:
     """Return in words what a job is judged by, or why it failed: empty where it is neither."""
     if result["error"]:
@@ -147,9 +214,9 @@ def describe_outcome(result: dict[str, Any]) -> str:
 def job_line(job: Job, result: dict[str, Any]) -> str:
     """Return one line about a finished job of a sweep."""
     settings = " ".join(f"{key}={value}" for key, value in job.overrides.items())
-    seconds = f"{result['duration_s']:.0f} s"
+    seconds = f"{result.get('duration_s') or 0:.0f} s"
     found = describe_outcome(result)
-    return f"job {job.run_dir.name}: {result['status']}  {settings}  {found}  {seconds}"
+    return f"job {job.run_dir.name}: {result.get('status')}  {settings}  {found}  {seconds}"
 
 
 def sync_command(directory: Path) -> str:

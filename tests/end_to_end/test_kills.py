@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hydratron.checkpoint.sharded import newest_checkpoint
+from hydratron.checkpoint.manifest import is_complete, newest_checkpoint
 from tests.end_to_end.conftest import TINY, metrics, result, wait_until_gone
 from tests.waiting import wait_for
 
@@ -50,7 +50,7 @@ def test_a_killed_run_ends_bitwise_equal_to_one_never_killed(
         extra = ["resume=run"] if kill else []
         kill_at_random(run, start(*settings, *extra), generator)
         for path in (run / "checkpoints").glob("step-*"):
-            assert path.suffix == ".tmp" or (path / ".metadata").is_file()
+            assert path.suffix == ".tmp" or is_complete(path)
     reached = newest_checkpoint(run / "checkpoints")
     assert reached is not None
     length = f"trainer.max_steps={int(reached.name.removeprefix('step-')) + 3}"

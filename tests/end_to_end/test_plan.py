@@ -79,6 +79,13 @@ def test_a_benchmark_run_calibrates_the_cluster(in_process, tmp_path) -> None:
         (["hardware=v100_32gb"], "v100_32gb has no bf16; 16-mixed would work"),
         (["trainer.precision=fp8"], "trainer.precision 'fp8' is not one of"),
         (["calibration=nowhere"], "calibration=nowhere: no finished run of `hydratron benchmark`"),
+        (["rows=x"], "rows x is not a number of rows: a whole number from 1 on"),
+        (["rows=0"], "rows 0 is not a number of rows"),
+        (["rows=-1"], "rows -1 is not a number of rows"),
+        (["rows=null"], "rows None is not a number of rows"),
+        (["calibration=5"], "calibration 5 is not a run directory"),
+        (["hardware.num_nodes=1000000000"], "hardware.num_nodes=16 would work"),
+        (["hardware.memory_gib=nan"], "hardware.memory_gib nan is not finite and positive"),
         ([*SINGLE, "hardware.memory_gib=2.05"], "nothing fits 1 x h200 of 0.0 GiB: the least is"),
     ],
 )

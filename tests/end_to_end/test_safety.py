@@ -8,10 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from hydratron.checkpoint.sharded import CheckpointError, bytes_per_parameter, check_space
+from hydratron.checkpoint.manifest import CheckpointError
+from hydratron.checkpoint.sharded import bytes_per_parameter, check_space
+from hydratron.checkpoint.storage import Reader
 from hydratron.result import note_failure
 from hydratron.training.callbacks import LossSpikes
 from hydratron.training.module import TrainingModule
@@ -127,7 +128,7 @@ def test_space_is_needed_for_what_is_kept_and_one_more_but_not_for_what_is_there
         check_space(tmp_path / "none", 1000, num_kept=2)
     for step in (1, 2):
         (tmp_path / f"run/step-{step}").mkdir(parents=True)
-        (tmp_path / f"run/step-{step}/loops.pt").touch()
+        (tmp_path / f"run/step-{step}/checkpoint.json").touch()
     check_space(tmp_path / "run", 2500, num_kept=2)
     check_space(tmp_path / "run", 30_000 // 14, num_kept=2, dtype=torch.bfloat16)
     with pytest.raises(CheckpointError):
@@ -156,7 +157,7 @@ def test_a_checkpoint_holds_what_the_disk_is_asked_for(
     run = ["trainer.max_steps=1", f"trainer.precision={precision}", "hydra.run.dir=run"]
     done = in_process("pretrain", *TINY[:-1], *run)
     assert done.returncode == 0, done.stderr
-    metadata = FileSystemReader(tmp_path / "run/checkpoints/step-1").read_metadata()
+    metadata = Reader(tmp_path / "run/checkpoints/step-1").read_metadata()
     stored = metadata.state_dict_metadata.values()
     tensors = [t for t in stored if isinstance(t, TensorStorageMetadata) and t.size]
     held = sum(t.size.numel() * t.properties.dtype.itemsize for t in tensors)

@@ -42,6 +42,26 @@ def test_results_have_a_row_a_run_with_what_repeats_it(tmp_path: Path) -> None:
     assert set(frame["commit"]) == {"1a2b3c4"}
 
 
+def test_a_run_that_failed_early_leaves_the_others_their_losses_along_the_way(
+    tmp_path: Path,
+) -> None:
+    write_run(tmp_path / "runs/0", 1, **{"val/loss": 2.5})
+    write_run(tmp_path / "runs/1", 2, **{"val/loss": 2.5})
+    for path in (tmp_path / "runs/0", tmp_path / "runs/1"):
+        (path / "metrics.csv").write_text(HEADER + "10,3,100,3.5,1,2\n20,2,50,2.5,3,4\n")
+    write_run(tmp_path / "runs/2", 3, status="failed", error="optimizer.lr -1", steps=None)
+    (tmp_path / "runs/2/metrics.csv").unlink()  # failed before its first step
+    write_run(tmp_path / "runs/3", 4, status="failed", error="lost", steps=None)
+    (tmp_path / "runs/3/metrics.csv").write_text(HEADER + "10,3,100,3.75,1,2\n")
+    write_run(tmp_path / "runs/4", 5)
+    (tmp_path / "runs/4/result.json").write_text("[]")
+    collect(tmp_path)
+    frame = pd.read_csv(tmp_path / "results.csv")
+    assert list(frame["seed"]) == [1, 2, 3, 4]
+    assert list(frame["val/loss@10"].fillna(0)) == [3.5, 3.5, 0, 3.75]
+    assert list(frame["val/loss@20"].fillna(0)) == [2.5, 2.5, 0, 0]
+
+
 def test_layer_norms_have_a_row_a_layer_and_step(tmp_path: Path) -> None:
     write_run(tmp_path / "runs/0", 1)
     collect(tmp_path, "--layer-steps", "10", "20")

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
-from hydratron.checkpoint.sharded import CheckpointError, load_loop_state, newest_checkpoint
+from hydratron.checkpoint.manifest import CheckpointError, newest_checkpoint
+from hydratron.checkpoint.sharded import load_loop_state
+from hydratron.checkpoint.storage import Reader, Writer
 from hydratron.parallel.zero import ShardedAdamW
 from hydratron.training.callbacks import StepCheckpoint
 from hydratron.training.strategy import TensorParallelStrategy
@@ -179,13 +180,13 @@ def test_training_goes_on_while_a_save_is_pending(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow = SlowSaves()
-    write = dcp.FileSystemWriter.write_data
+    write = Writer.write_data
 
     def held_back(self: Any, *arguments: Any) -> Any:
         assert slow.released.wait(timeout=PATIENCE)
         return write(self, *arguments)
 
-    monkeypatch.setattr(dcp.FileSystemWriter, "write_data", held_back)
+    monkeypatch.setattr(Writer, "write_data", held_back)
     trainer, module, data, metrics = background_job(tmp_path, 1).build([slow])
     slow.released.set()
     trainer.fit(module, datamodule=data)
@@ -227,7 +228,7 @@ def test_a_failed_background_save_stops_the_run(
     def fail(*_: Any) -> Any:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(dcp.FileSystemWriter, "write_data", fail)
+    monkeypatch.setattr(Writer, "write_data", fail)
     trainer, module, data, _ = background_job(tmp_path, 1).build()
     with pytest.raises(CheckpointError, match=r"saving .*step-4 failed"):
         trainer.fit(module, datamodule=data)
@@ -257,7 +258,7 @@ def test_a_save_that_is_interrupted_or_fails_says_which(
     def fail(*_: Any) -> Any:
         raise raised
 
-    monkeypatch.setattr(dcp.FileSystemWriter, "write_data", fail)
+    monkeypatch.setattr(Writer, "write_data", fail)
     fit_fails_as(seen, f"saving {tmp_path / 'checkpoints/step-4'}", tmp_path)
     assert newest_checkpoint(tmp_path / "checkpoints") is None
 
@@ -270,6 +271,6 @@ def test_a_load_that_is_interrupted_or_fails_says_which(
         raise raised
 
     train(0, 1, tmp_path, 1, 1, torch.float32, False, SAVED)
-    monkeypatch.setattr(dcp.FileSystemReader, "read_data", fail)
+    monkeypatch.setattr(Reader, "read_data", fail)
     newest = newest_checkpoint(tmp_path / "checkpoints")
     fit_fails_as(seen, f"loading {newest}", tmp_path, ckpt_path=newest)

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from hydratron.checkpoint import huggingface, sharded
+from hydratron.checkpoint.manifest import NAME_PREFIX
 from hydratron.checkpoint.runs import read_run_config
 from hydratron.checkpoint.source import CHECKPOINTS, TOKENIZER, Checkpoint, write_model
 from hydratron.models.bert import BertEncoder, BertForPretraining
@@ -92,13 +93,13 @@ def to_hydratron(
         if tokenizer is not None:
             tokenizer.save_pretrained(directory / TOKENIZER)
         sharded.save_checkpoint(
-            directory / CHECKPOINTS / f"{sharded.NAME_PREFIX}0",
+            directory / CHECKPOINTS / f"{NAME_PREFIX}0",
             network=network,
             optimizers=[],
             mesh=ParallelMesh(),
             loop_state={"global_step": 0},
         )
-        (directory / CHECKPOINTS / "last").symlink_to(f"{sharded.NAME_PREFIX}0")
+        (directory / CHECKPOINTS / "last").symlink_to(f"{NAME_PREFIX}0")
     head = checkpoint.head and checkpoint.head.kind
     return {"architecture": head or type(network).__name__, "missing": missing}
 

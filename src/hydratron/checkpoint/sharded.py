@@ -2,13 +2,14 @@
 
 Each rank writes its part. Parameters and optimizer state are stored as global tensors, so any
 tensor-parallel x data-parallel layout loads any other. A directory has its final name only when it
-is complete. It holds `.metadata` and `__*.distcp` (tensors), `loops.pt` (plain values) and a
-`rng-<rank>.pt` of every rank.
+is complete. It holds `model-<rank>.safetensors` and `optimizer_0-<rank>.safetensors`, `loops.pt`
+(plain values), a `rng-<rank>.pt` of every rank, and `checkpoint.json`, which lists and hashes them.
 """
 
 import os
+import pickle
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,23 +23,28 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
 
+from hydratron.checkpoint.manifest import (
+    LOOPS,
+    CheckpointError,
+    DamagedCheckpointError,
+    is_complete,
+    read_manifest,
+    step_directories,
+    verify,
+)
+from hydratron.checkpoint.storage import Writer, reader
 from hydratron.parallel.mesh import ParallelMesh
 from hydratron.parallel.placement import parameter_placements
 from hydratron.parallel.zero import MOMENT_BYTES, PART_BYTES, OptimizerShard, ShardedAdamW
 
-LOOPS = "loops.pt"
-NAME_PREFIX = "step-"
-
-
-class CheckpointError(ValueError):
-    """No complete checkpoint, or one of another model, or one that cannot be read or written."""
+MODEL_FILES = ("model-", LOOPS)  # what a network is read from
 
 
 @contextmanager
 def _explained(action: str) -> Iterator[None]:
-    """What fails in torch's saving and loading is a CheckpointError of one line, Ctrl-C is itself.
+    """Turn what torch raises while it saves or loads into a CheckpointError of one line.
 
-    torch wraps whatever it catches there, an interrupt too.
+    torch wraps whatever it catches there, an interrupt too, which is raised as itself.
     """
     try:
         yield
@@ -46,7 +52,12 @@ def _explained(action: str) -> Iterator[None]:
         causes = [cause for cause, _ in error.failures.values()]
         if any(isinstance(cause, KeyboardInterrupt) for cause in causes):
             raise KeyboardInterrupt from error
+        damage = [cause for cause in causes if isinstance(cause, DamagedCheckpointError)]
+        if damage:
+            raise DamagedCheckpointError(str(damage[0])) from error
         raise CheckpointError(f"{action} failed: {causes[0]}") from error
+    except CheckpointError:
+        raise
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{action} failed: {error}") from error
 
@@ -101,11 +112,6 @@ def global_optimizer_state(
                 value = _global(value, placements[name].tp_dim, mesh, shard.dp_dim)
             state[f"{name}/{key}"] = value
     return state
-
-
-def _hyperparameters(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """What the schedule changes: the next step must find the learning rate it would have had."""
-    return [{k: g[k] for k in ("lr", "initial_lr") if k in g} for g in optimizer.param_groups]
 
 
 def _own_generators(network: nn.Module) -> dict[str, torch.Generator]:
@@ -176,7 +182,7 @@ def check_space(
         CheckpointError: it cannot; with both sizes.
     """
     size = bytes_per_parameter(dtype) * num_parameters
-    num_there = sum(1 for _ in directory.glob(f"{NAME_PREFIX}*/{LOOPS}"))
+    num_there = sum(map(is_complete, step_directories(directory)))
     needed = max(1, num_kept + 1 - num_there) * size
     existing = next(path for path in (directory, *directory.parents) if path.exists())
     free = shutil.disk_usage(existing).free
@@ -194,10 +200,12 @@ def save_checkpoint(
     optimizers: Sequence[Optimizer],
     mesh: ParallelMesh,
     loop_state: dict[str, Any],
+    run: Mapping[str, Any] | None = None,
     background: BackgroundSaving | None = None,
 ) -> PendingSave | None:
     """Write a complete checkpoint under `directory`, or nothing; every rank must call it.
 
+    `run` says in plain values which run this is; it stands in the manifest.
     With `background`, the tensors are copied to the CPU and written by a thread while training goes
     on; the checkpoint gets its name when the returned save is finished.
 
@@ -217,19 +225,16 @@ def save_checkpoint(
     torch.save(_rng_state(network), temporary / f"rng-{rank}.pt")
     if rank == 0:
         layout = {"tensor_parallel_size": mesh.tensor_parallel_size, "world_size": world_size}
-        hyperparameters = [_hyperparameters(optimizer) for optimizer in optimizers]
-        state = loop_state | {"layout": layout, "hyperparameters": hyperparameters}
-        torch.save(state, temporary / LOOPS)
+        torch.save(loop_state | {"layout": layout}, temporary / LOOPS)
+    writer = Writer(temporary, run=run or {})
     if background is not None:
         future = dcp.async_save(
-            tensors, checkpoint_id=temporary, process_group=background.process_group
+            tensors, storage_writer=writer, process_group=background.process_group
         )
         assert isinstance(future, Future)
         return PendingSave(temporary, directory, future)
     with _explained(f"saving {directory}"):
-        dcp.save(tensors, checkpoint_id=temporary)
-    if world_size > 1:
-        dist.barrier()  # every rank has written its random state
+        dcp.save(tensors, storage_writer=writer)
     if rank == 0:
         _publish(temporary, directory)
     if world_size > 1:
@@ -250,16 +255,36 @@ def remove_checkpoint(directory: Path) -> None:
     shutil.rmtree(doomed)
 
 
+def _verify_together(directory: Path) -> None:
+    """Check all files, each on one rank; every rank raises if one of them found damage."""
+    rank, world_size = _rank_and_world_size()
+    found: list[str | None] = [None] * world_size
+    mine = None
+    try:
+        verify(directory, part=rank, num_parts=world_size)
+    except DamagedCheckpointError as error:
+        mine = str(error)
+    if world_size > 1:
+        dist.all_gather_object(found, mine)
+    else:
+        found = [mine]
+    for message in filter(None, found):
+        raise DamagedCheckpointError(message)
+
+
 def load_checkpoint(
     directory: Path, *, network: nn.Module, optimizers: Sequence[Optimizer], mesh: ParallelMesh
 ) -> dict[str, Any]:
     """Fill network and optimizers in place, whatever layout wrote them; return the loops' state.
 
-    The random streams are restored when the layout is the one that saved them.
+    Every rank must call it. The random streams are restored when the layout is the one that saved
+    them. The state has the manifest's `run` too. Learning rates are the schedule's to set.
 
     Raises:
-        CheckpointError: no complete checkpoint there, or one of another model.
+        DamagedCheckpointError: not all there, or not as it was written; on every rank.
+        CheckpointError: one of another model.
     """
+    _verify_together(directory)
     rank, world_size = _rank_and_world_size()
     loop_state = load_loop_state(directory)
     load_model(directory, network, mesh)
@@ -267,27 +292,42 @@ def load_checkpoint(
         _initialize_optimizer(optimizer)
         state = global_optimizer_state(network, optimizer, mesh)
         _load({f"optimizer_{index}": state}, directory)
-        stored = loop_state["hyperparameters"][index]
-        for group, values in zip(optimizer.param_groups, stored, strict=True):
-            group.update(values)
         if isinstance(optimizer, ShardedAdamW):
             optimizer.reload_parts()
     layout = {"tensor_parallel_size": mesh.tensor_parallel_size, "world_size": world_size}
     if optimizers and loop_state["layout"] == layout:
-        rng = torch.load(directory / f"rng-{rank}.pt", weights_only=True)
+        rng = _read_values(directory / f"rng-{rank}.pt")
         torch.set_rng_state(rng["cpu"])
         if "cuda" in rng and torch.cuda.is_available():
             torch.cuda.set_rng_state(rng["cuda"])
         for name, generator in _own_generators(network).items():
             generator.set_state(rng[name])
-    return loop_state
+    return loop_state | {"run": read_manifest(directory).get("run", {})}
 
 
 def load_loop_state(directory: Path) -> dict[str, Any]:
-    """Return what a checkpoint holds besides tensors: steps, schedules, loss scale, layout."""
-    if not (directory / LOOPS).is_file():
-        raise CheckpointError(f"{directory} is not a complete checkpoint: it has no {LOOPS}")
-    return torch.load(directory / LOOPS, weights_only=True, map_location="cpu")
+    """Return what a checkpoint holds besides tensors: steps, schedules, loss scale, layout.
+
+    Raises:
+        DamagedCheckpointError: the checkpoint is not complete, or cannot be read.
+    """
+    read_manifest(directory)
+    state = _read_values(directory / LOOPS)
+    if not isinstance(state.get("global_step"), int):
+        raise DamagedCheckpointError(f"{directory / LOOPS} is damaged: it has no global_step")
+    return state
+
+
+def _read_values(path: Path) -> dict[str, Any]:
+    """Read a file of tensors and plain values, without running what a pickle may say."""
+    try:
+        values = torch.load(path, weights_only=True, map_location="cpu")
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise DamagedCheckpointError(f"{path} is damaged: {reason}") from error
+    if not isinstance(values, dict):
+        raise DamagedCheckpointError(f"{path} is damaged: it holds no names")
+    return values
 
 
 def load_model(directory: Path, network: nn.Module, mesh: ParallelMesh) -> None:
@@ -297,7 +337,7 @@ def load_model(directory: Path, network: nn.Module, mesh: ParallelMesh) -> None:
         CheckpointError: names or global shapes differ; the first one is named.
     """
     parameters = global_parameters(network, mesh)
-    stored = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
+    stored = reader(directory).read_metadata().state_dict_metadata
     for name, parameter in parameters.items():
         entry = stored.get(f"model.{name}")
         shape = list(getattr(entry, "size", []))
@@ -307,19 +347,16 @@ def load_model(directory: Path, network: nn.Module, mesh: ParallelMesh) -> None:
                 f"checkpoint {directory} is of another model: {name} needs"
                 f" {list(parameter.shape)} and it holds {found}"
             )
-    _load({"model": parameters}, directory)
+    load_parameters(directory, parameters)
 
 
-def _load(tensors: dict[str, Any], directory: Path) -> None:
+def load_parameters(
+    directory: Path, parameters: dict[str, Tensor], *, no_dist: bool = False
+) -> None:
+    """Fill the named global tensors in place; with `no_dist`, on this rank alone."""
+    _load({"model": parameters}, directory, no_dist=no_dist)
+
+
+def _load(tensors: dict[str, Any], directory: Path, *, no_dist: bool = False) -> None:
     with _explained(f"loading {directory}"):
-        dcp.load(tensors, checkpoint_id=directory)
-
-
-def newest_checkpoint(directory: Path) -> Path | None:
-    """Return the complete `step-<n>` of the largest n below `directory`, if there is one."""
-    found = [
-        path
-        for path in directory.glob(f"{NAME_PREFIX}*")
-        if path.name.removeprefix(NAME_PREFIX).isdigit() and (path / LOOPS).is_file()
-    ]
-    return max(found, key=lambda path: int(path.name.removeprefix(NAME_PREFIX)), default=None)
+        dcp.load(tensors, storage_reader=reader(directory), no_dist=no_dist)

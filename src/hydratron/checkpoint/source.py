@@ -10,16 +10,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import PreTrainedTokenizerFast
 
 from hydratron.checkpoint import huggingface, sharded
 from hydratron.checkpoint.layouts import Head
+from hydratron.checkpoint.manifest import is_complete, newest_intact, verify
 from hydratron.checkpoint.megatron import is_megatron, read_megatron
 from hydratron.checkpoint.runs import FROZEN_CONFIG, read_run_config
+from hydratron.checkpoint.storage import reader
 from hydratron.checkpoint.tensors import StoredTensor, check_parameters, fill_parameters, sliced
 from hydratron.models.config import ModelConfig
 from hydratron.parallel.mesh import ParallelMesh
@@ -69,7 +71,7 @@ class Checkpoint:
         missing = check_parameters(network, mesh, shapes, path=self.path)
         parameters = sharded.global_parameters(network, mesh)
         held = {name: tensor for name, tensor in parameters.items() if name not in missing}
-        dcp.load({"model": held}, checkpoint_id=self.path)
+        sharded.load_parameters(self.path, held)
         return missing
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerFast, name: Path | str) -> None:
@@ -109,10 +111,11 @@ def read_checkpoint(name: Path | str) -> Checkpoint:
         path = _download(str(name))
     if not path.is_dir():
         raise ValueError(f"checkpoint {path} is not a directory")
-    if (path / sharded.LOOPS).is_file():
+    if is_complete(path):
+        verify(path, sections=sharded.MODEL_FILES)
         return _read_sharded(path.resolve())
     if (path / CHECKPOINTS).is_dir():
-        newest = sharded.newest_checkpoint(path / CHECKPOINTS)
+        newest = newest_intact(path / CHECKPOINTS, sections=sharded.MODEL_FILES)
         if newest is None:
             raise ValueError(f"{path / CHECKPOINTS} holds no complete checkpoint")
         return _read_sharded(newest.resolve())
@@ -212,11 +215,11 @@ def _read_sharded(path: Path) -> Checkpoint:
 
 
 def _sharded_tensors(path: Path) -> dict[str, StoredTensor]:
-    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    metadata = reader(path).read_metadata().state_dict_metadata
     stored = {}
     for key, entry in metadata.items():
         section, _, name = key.partition(".")
-        if section == "model" and isinstance(entry, dcp.metadata.TensorStorageMetadata):
+        if section == "model" and isinstance(entry, TensorStorageMetadata):
             stored[name] = _from_sharded(path, name, tuple(entry.size), entry.properties.dtype)
     return stored
 
@@ -226,7 +229,7 @@ def _from_sharded(
 ) -> StoredTensor:
     def read(dim: int | None, start: int, stop: int) -> Tensor:
         tensor = torch.empty(shape, dtype=dtype)
-        dcp.load({"model": {name: tensor}}, checkpoint_id=path, no_dist=True)
+        sharded.load_parameters(path, {name: tensor}, no_dist=True)
         return sliced(tensor, dim, start, stop)
 
     return StoredTensor(shape, dtype, read)

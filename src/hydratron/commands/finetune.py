@@ -7,6 +7,7 @@ from typing import Any
 
 from pytorch_lightning.loggers import Logger
 
+from hydratron.checkpoint.runs import flatten
 from hydratron.commands.configuration import build
 from hydratron.commands.environment import cluster_environment
 from hydratron.commands.tasks import build_task, describe_source, fill, open_source
@@ -40,7 +41,7 @@ def prepare(config: Mapping[str, Any]) -> PreparedJob:
     lengths = {"max_steps": task.epochs * epoch, "val_every": epoch, "checkpoint_every": epoch}
     trainer = build(TrainerConfig, fill(config["trainer"], lengths), name="trainer")
     trainer.local_devices(parallel.world_size)
-    job = FinetuneJob(trainer, parallel, optimizer, source, data, config["seed"])
+    job = FinetuneJob(trainer, parallel, optimizer, source, data, config["seed"], flatten(config))
     return PreparedJob(job, config["logger"])
 
 

@@ -34,15 +34,20 @@ class PlanJob:
 
 def prepare(config: Mapping[str, Any]) -> PlanJob:
     """Check configuration and cluster; ValueError says what is wrong with them."""
+    rows, calibration = config["rows"], config["calibration"]
+    if type(rows) is not int or rows < 1:
+        raise ValueError(f"rows {rows} is not a number of rows: a whole number from 1 on")
+    if not isinstance(calibration, str | None):
+        raise ValueError(f"calibration {calibration} is not a run directory")
     hardware = build(Hardware, config["hardware"], name="hardware")
     step, estimator = read_step(config), Estimator()
     hardware.check_precision(step.precision)
-    if config["calibration"] is not None:
-        measured, seconds = read_measured_step(config["calibration"])
+    if calibration is not None:
+        measured, seconds = read_measured_step(calibration)
         hardware = calibrate(hardware, measured, estimator.traces(measured), seconds)
     title = f"{config['model']['family']} {config['size']}, {hardware.num_gpus} x {hardware.name}"
     num_steps = config["trainer"]["max_steps"]
-    return PlanJob(step, hardware, estimator, num_steps, config["rows"], title)
+    return PlanJob(step, hardware, estimator, num_steps, rows, title)
 
 
 def run(job: PlanJob, run_dir: Path) -> dict[str, Any]:

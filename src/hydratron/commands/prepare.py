@@ -9,21 +9,18 @@ from typing import Any
 from hydratron.commands.configuration import build
 from hydratron.data.config import DataConfig
 from hydratron.data.deduplication import NearDuplicates
-from hydratron.data.prepare import (
-    ExecutorConfig,
-    Preparation,
-    check_preparation,
-    prepare_corpus,
-)
+from hydratron.data.executors import ExecutorConfig
+from hydratron.data.prepare import Preparation, check_preparation, prepare_corpus
 from hydratron.data.sources import CorpusConfig, Source, StepsConfig
-from hydratron.launch import JobFailed
+from hydratron.result import JobFailed
 
 
 def prepare(config: Mapping[str, Any]) -> Preparation:
     """Check sources and target; ValueError says what is wrong with them."""
-    data = build(DataConfig, config["data"], name="data")
-    output = config["output"] or data.path
-    if output is None:
+    output = config["output"]
+    named = {} if output is None else {"path": output}
+    data = build(DataConfig, config["data"] | named, name="data")
+    if data.path is None:
         raise ValueError("output= is missing, the folder to prepare")
     near = config["steps"]["near_duplicates"]
     corpus = CorpusConfig(
@@ -41,7 +38,7 @@ def prepare(config: Mapping[str, Any]) -> Preparation:
         ),
     )
     executor = build(ExecutorConfig, config["executor"], name="executor")
-    return check_preparation(corpus, Path(output).expanduser(), executor)
+    return check_preparation(corpus, Path(data.path).expanduser(), executor)
 
 
 def run(job: Preparation, run_dir: Path) -> dict[str, Any]:

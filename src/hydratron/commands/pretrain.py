@@ -8,14 +8,16 @@ from typing import Any
 from pytorch_lightning.loggers import Logger
 
 from hydratron.arguments import InputError
-from hydratron.checkpoint.sharded import check_space, load_loop_state, newest_checkpoint
+from hydratron.checkpoint.manifest import step_directories
+from hydratron.checkpoint.runs import flatten
+from hydratron.checkpoint.sharded import check_space
 from hydratron.checkpoint.source import TOKENIZER
 from hydratron.commands.configuration import build, check_devices
 from hydratron.commands.environment import cluster_environment
 from hydratron.commands.tracking import check_logger, note, tracked
 from hydratron.data.config import DataConfig
 from hydratron.models.config import ModelConfig
-from hydratron.training.callbacks import NUM_KEPT, Throughput, stopped_by
+from hydratron.training.callbacks import NUM_KEPT, Throughput, setting_changes, stopped_by
 from hydratron.training.config import ParallelConfig, TrainerConfig
 from hydratron.training.datamodule import PretrainingData
 from hydratron.training.metrics import MetricsFile
@@ -26,13 +28,25 @@ from hydratron.training.trainer import CHECKPOINTS, build_trainer
 
 @dataclass(frozen=True)
 class PretrainJob:
-    """A checked job: everything is built that needs no process group."""
+    """A checked job: everything is built that needs no process group. `settings`: by dotted key."""
 
     trainer: TrainerConfig
     parallel: ParallelConfig
     data: PretrainingData
     module: PretrainingModule
     loggers: Mapping[str, Any]
+    settings: Mapping[str, Any]
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a checkpoint says of the run: settings, data, what a step consumes."""
+        samples = self.data.config.global_batch_size
+        return {
+            "command": "pretrain",
+            "settings": self.settings,
+            "identity": self.data.identity(),
+            "samples": samples,
+            "tokens": samples * self.data.config.seq_len,
+        }
 
 
 def prepare(config: Mapping[str, Any]) -> PretrainJob:
@@ -72,6 +86,7 @@ def prepare(config: Mapping[str, Any]) -> PretrainJob:
             cuda_graphs=trainer.cuda_graphs,
         ),
         loggers=config["logger"],
+        settings=flatten(config),
     )
 
 
@@ -94,14 +109,14 @@ def train(job: PretrainJob, run_dir: Path, loggers: Sequence[Logger]) -> dict[st
         entropy = data.unigram_entropy()  # before training: it reads what training may never see
     except ValueError as error:
         raise InputError(str(error)) from error
-    metrics_file = MetricsFile(run_dir)
     note(loggers, num_parameters=size)
     trainer = build_trainer(
         job.trainer,
         job.parallel,
         run_dir=run_dir,
-        loggers=[metrics_file, *loggers],
+        loggers=[MetricsFile(run_dir), *loggers],
         environment=cluster_environment(),
+        run=job.describe(),
         callbacks=[
             Throughput(
                 seq_len=data.config.seq_len,
@@ -112,10 +127,8 @@ def train(job: PretrainJob, run_dir: Path, loggers: Sequence[Logger]) -> dict[st
     )
     if trainer.is_global_zero:
         data.tokenizer.save_pretrained(run_dir / TOKENIZER)
-    checkpoint = newest_checkpoint(run_dir / CHECKPOINTS)
-    if checkpoint is not None:
-        metrics_file.continue_after(load_loop_state(checkpoint)["global_step"])
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+    steps = step_directories(run_dir / CHECKPOINTS)
+    trainer.fit(module, datamodule=data, ckpt_path=steps[0] if steps else None)
     reason = stopped_by(trainer)
     if not reason and module.validated_step != trainer.global_step:
         trainer.validate(module, datamodule=data, verbose=False)
@@ -125,4 +138,5 @@ def train(job: PretrainJob, run_dir: Path, loggers: Sequence[Logger]) -> dict[st
         "steps": trainer.global_step,
         "tokens": trainer.global_step * data.config.global_batch_size * data.config.seq_len,
         "val/unigram_entropy": entropy,
+        "changes": setting_changes(trainer),
     } | {key: float(value) for key, value in module.last_metrics.items()}

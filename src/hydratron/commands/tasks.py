@@ -10,8 +10,8 @@ from hydra.errors import HydraException
 from hydra.utils import get_class
 
 from hydratron.checkpoint.baseline import Baseline, read_baseline
+from hydratron.checkpoint.manifest import newest_intact
 from hydratron.checkpoint.runs import read_run_config
-from hydratron.checkpoint.sharded import newest_checkpoint
 from hydratron.checkpoint.source import (
     CHECKPOINTS,
     TOKENIZER,
@@ -63,7 +63,7 @@ def open_run(name: str) -> Path:
         ValueError: it has none.
     """
     directory = Path(name).expanduser() / CHECKPOINTS
-    found = directory / BEST if (directory / BEST).is_dir() else newest_checkpoint(directory)
+    found = directory / BEST if (directory / BEST).is_dir() else newest_intact(directory)
     if found is None:
         raise ValueError(f"{directory} holds no complete checkpoint")
     return found

@@ -2,15 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
 from pytorch_lightning.loggers import WandbLogger
 
 from hydratron.checkpoint.runs import FROZEN_CONFIG
 from hydratron.commands.tracking import is_offline
+from hydratron.report.files import parse_value, read_node
 from hydratron.result import TRACKED, sync_command
 
 
@@ -28,13 +26,18 @@ def track_report(run_dirs: Sequence[Path], directory: Path, report: Path) -> Non
     tracked_dirs = [run_dir for run_dir in run_dirs if (run_dir / TRACKED).exists()]
     if not tracked_dirs:
         raise ValueError("--wandb: none of the runs was made with logger=wandb")
-    config: Any = OmegaConf.to_container(OmegaConf.load(tracked_dirs[0] / FROZEN_CONFIG))
-    kept = ("_target_", "project", "entity", "offline", "group", "settings")
-    arguments = {key: value for key, value in config["logger"].items() if key in kept}
-    if arguments["offline"] is None:
-        arguments["offline"] = is_offline()
-    arguments |= {"job_type": "report", "name": f"report {directory.name}", "save_dir": directory}
-    logger: WandbLogger = instantiate(arguments, _convert_="all")
+    given = read_node(tracked_dirs[0] / FROZEN_CONFIG, "logger")
+    # no class and no server of a directory that may be somebody else's
+    where = {key: parse_value(given.get(key)) for key in ("project", "entity", "group", "offline")}
+    if where["offline"] is None:
+        where["offline"] = is_offline()
+    logger = WandbLogger(
+        **where,
+        job_type="report",
+        name=f"report {directory.name}",
+        save_dir=directory,
+        settings={"silent": True},
+    )
     for figure in sorted(report.glob("*.png")):
         logger.log_image(figure.stem, [str(figure)])
     logger.log_table("summary", dataframe=pd.read_csv(report / "table.csv"))

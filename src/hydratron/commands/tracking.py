@@ -23,12 +23,19 @@ from pytorch_lightning.loggers import Logger, WandbLogger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from hydratron.arguments import InputError
+from hydratron.checkpoint.manifest import CheckpointError, newest_checkpoint
 from hydratron.checkpoint.runs import FROZEN_CONFIG
-from hydratron.checkpoint.sharded import CheckpointError, newest_checkpoint
 from hydratron.commands.history import WholeHistoryLogger
-from hydratron.launch import TERMINATED, JobFailed, exit_status
-from hydratron.processes import world_size
-from hydratron.result import PACKAGES, TRACKED, git_commit, package_version, sync_command
+from hydratron.processes import TERMINATED, world_size
+from hydratron.result import (
+    PACKAGES,
+    TRACKED,
+    JobFailed,
+    exit_status,
+    git_commit,
+    package_version,
+    sync_command,
+)
 from hydratron.training.module import NonFiniteLossError
 from hydratron.training.trainer import CHECKPOINTS
 

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
+from hydratron.data.files import make_cache_folder
+
 _LONGEST_PERIOD = 1 << 22  # weights are rounded to multiples of its inverse where they must
 _BLOCK = 1 << 18  # places built at a time
 _ORDINAL_BITS = 18  # an ordinal is counted within its block
@@ -25,7 +27,8 @@ class BlendIndex:
     Among the first n places, each source has its share of n to less than one sample, for every n:
     Tijdeman 1980, "The chairman assignment problem". The order is that of a period, built in blocks
     when one is first needed, kept in `cache_dir` and mapped from there, so that workers and ranks
-    share it. ValueError for weights that are not positive or more than 16,384.
+    share it. ValueError for weights that are not positive or more than 16,384, and for a cache that
+    cannot be written to.
     """
 
     def __init__(self, weights: Sequence[float], cache_dir: Path) -> None:
@@ -35,6 +38,8 @@ class BlendIndex:
         self.period = sum(self.counts)
         name = hashlib.sha256(repr((2, _BLOCK, self.counts)).encode()).hexdigest()[:16]
         self.folder = Path(cache_dir) / f"blend-{name}"
+        if len(self.counts) > 1 and not self.folder.is_dir():
+            make_cache_folder(self.folder)
         self._blocks: dict[int, tuple[list[int], np.ndarray]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -80,7 +85,6 @@ class BlendIndex:
             mine = sources == i
             ordinals[mine] = np.arange(mine.sum(), dtype=np.uint32)
         entries = np.concatenate([np.array(before, np.uint32), sources << _ORDINAL_BITS | ordinals])
-        self.folder.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
         entries.tofile(temporary)
         os.replace(temporary, path)

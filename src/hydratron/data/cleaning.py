@@ -1,18 +1,21 @@
 """Clean text and decide which documents stay: the filters of Shoeybi et al. 2019, section 4.1."""
 
+import json
 import re
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import ftfy
 import numpy as np
 import py3langid
 from tokenizers import Tokenizer
 
-from hydratron.data.readers import read_text, wikitext_titles
+from hydratron.data.files import JSON_ENDINGS, has_ending, read_json_lines, read_text
+from hydratron.data.readers import wikitext_titles
 from hydratron.data.tokenizer import load_tokenizer
 
 _PLAIN = re.compile(r"[ -%'-~]*")  # printable ASCII without &
@@ -159,12 +162,25 @@ class OverlapFilter:
 
 
 def evaluation_texts(file: Path) -> Iterable[str]:
-    """The texts of an evaluation set; ValueError for a file that is missing or not UTF-8."""
+    """The texts of an evaluation set; ValueError for a file that is missing or broken."""
     if not file.is_file():
         raise ValueError(f"{file}: no such file")
-    text = read_text(file)
-    if not {".json", ".jsonl"} & set(file.suffixes):
-        return text.split("\n")
-    # every JSON string, whatever the format's keys are
-    strings = re.findall(r'"((?:[^"\\]|\\.)*)"', text)
-    return (re.sub(r"\\[nrt\"/]", " ", string) for string in strings)
+    if not has_ending(file, JSON_ENDINGS):
+        return read_text(file).split("\n")
+    try:
+        rows = [json.loads(read_text(file))]
+    except (json.JSONDecodeError, RecursionError):  # not one document, so one on each line
+        rows = [row for _, row in read_json_lines(file)]
+    return _strings(rows)
+
+
+def _strings(values: list[Any]) -> Iterator[str]:
+    """Every string in decoded JSON, whatever the format's keys are."""
+    while values:
+        value = values.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict):
+            values += [*value, *value.values()]
+        elif isinstance(value, list):
+            values += value

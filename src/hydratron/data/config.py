@@ -44,6 +44,9 @@ class DataConfig:
             raise ValueError("data=indexed needs data.path, the prefix of a .bin/.idx corpus")
         if self.source == "blend" and self.path is None:
             raise ValueError("a blend needs data.path, a folder of `hydratron prepare`")
+        for key in ("path", "cache_dir"):
+            if getattr(self, key) is not None and not getattr(self, key).strip():
+                raise ValueError(f"data.{key} {getattr(self, key)!r} is empty")
         for key in ("seq_len", "global_batch_size", "validation_samples"):
             if getattr(self, key) < 1:
                 raise ValueError(f"data.{key} {getattr(self, key)} is not positive")

@@ -162,6 +162,8 @@ def candidate_pairs(signatures: np.ndarray, settings: NearDuplicates) -> np.ndar
     """int64 [pairs, 2], first < second, ordered by the second: likely enough to be duplicates."""
     num_documents = len(signatures)
     found = np.empty(0, np.int64)
+    if not num_documents:
+        return found.reshape(0, 2)
     keys = band_keys(signatures, settings)
     for band in range(settings.num_bands):
         pairs = np.unique(_bucket_pairs(keys[:, band]))

@@ -17,6 +17,7 @@ import numpy as np
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from hydratron.data.files import make_cache_folder
 from hydratron.data.tokenizer import tokenizer_hash
 
 MODEL_COLUMNS = ("input_ids", "token_type_ids")
@@ -225,7 +226,7 @@ def encode_cached(
         return encode_fn(examples)
     folder = cache_dir / key
     if not folder.is_dir():
-        cache_dir.mkdir(parents=True, exist_ok=True)
+        make_cache_folder(cache_dir)
         with (cache_dir / f".{key}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not folder.is_dir():

@@ -114,7 +114,8 @@ def load_glue(spec: GlueTask, path: Path | None, split: str) -> list[GlueRow]:
 
     Raises:
         ValueError: naming file and line: a missing column, a label that is not the task's, a text
-            that is not a string, JSON that is not; or no rows, too many malformed ones, no file.
+            that is not a string, JSON that is not; or no rows, too many malformed ones (in a test
+            split: one), no file.
     """
     if path is None:
         source = f"{spec.hub_name}/{spec.hub_config}/{split}"
@@ -177,6 +178,8 @@ def _read_tsv(spec: GlueTask, path: Path, split: str) -> Iterator[tuple[int, dic
     malformed: list[int] = []
     number = 0
     for number, line in read_lines(path):
+        if not line.strip(" "):
+            continue
         fields = line.split("\t")
         if not header:
             header = fields
@@ -190,6 +193,11 @@ def _read_tsv(spec: GlueTask, path: Path, split: str) -> Iterator[tuple[int, dic
         else:
             row = zip(header, fields, strict=True)
             yield number, {names[n]: text for n, text in row if n in names}
+    if is_test and malformed:
+        raise ValueError(
+            f"{path}:{malformed[0]}: not {len(header)} columns: a test file must be whole, because"
+            " a prediction is known by its row"
+        )
     if len(malformed) > number * _MAX_MALFORMED_SHARE:
         raise ValueError(
             f"{path}:{malformed[0]}: not {len(header)} columns, as in {len(malformed)} of"

@@ -171,7 +171,7 @@ class IndexedCorpus:
         return np.asarray(np.memmap(_beside(self.prefix, ".bin"), self.dtype, mode="r"))
 
     def _check(self) -> None:
-        idx, path = _beside(self.prefix, ".idx"), _beside(self.prefix, ".bin")
+        path, idx = self.files
         if not self.num_sequences or len(self.documents) < 2:
             raise ValueError(f"{idx}: the corpus has no documents")
         if self.documents[0] != 0 or self.documents[-1] != self.num_sequences:
@@ -185,6 +185,11 @@ class IndexedCorpus:
         last = int(self.pointers[-1]) + int(self.sizes[-1]) * self.dtype.itemsize
         if size != promised or size != last:
             raise ValueError(f"{path}: {size} bytes do not match the {promised} of its .idx")
+
+    @property
+    def files(self) -> tuple[Path, Path]:
+        """The `.bin` and the `.idx`."""
+        return _beside(self.prefix, ".bin"), _beside(self.prefix, ".idx")
 
     @property
     def dtype(self) -> np.dtype:

@@ -7,9 +7,11 @@ machine or the number of workers.
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
+
+from hydratron.data.sources import check_weights
 
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer"
 _FORMAT = 1
@@ -19,14 +21,17 @@ _FORMAT = 1
 class Manifest:
     """What a prepared folder holds.
 
-    `settings`: everything that decides its content. `sources`: by name, tokens, documents, weight,
-    home and licence. `steps`: by source and step, documents and bytes in and out.
+    `settings`: everything that decides its content, with `inputs`: by source or step, the bytes and
+    SHA-256 of each file that was read; none in a folder made before they were recorded. `sources`:
+    by name, tokens, documents, the SHA-256 of .bin and .idx, weight, home and licence. `steps`: by
+    source and step, documents and bytes in and out.
     """
 
     settings: dict[str, Any]
     tokenizer_sha256: str
     sources: dict[str, dict[str, Any]]
     steps: dict[str, dict[str, dict[str, int]]]
+    inputs: dict[str, dict[str, Any]] = field(default_factory=dict)
     format: int = _FORMAT
 
     @classmethod
@@ -45,20 +50,28 @@ class Manifest:
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: not a manifest of a prepared corpus: {error}") from error
 
-    def weights(self, wanted: Mapping[str, float | None], folder: Path) -> dict[str, float]:
-        """The weight of each source, in the folder's order.
+    def weights(self, wanted: Mapping[str, Any], folder: Path) -> dict[str, float]:
+        """The weight of each source that is used, in the folder's order.
 
-        Those wanted now, else those it was prepared with; all by tokens where one has none.
-        ValueError where `wanted` names other sources than the folder has.
+        Those wanted now, else those it was prepared with, else the sources' tokens. A source of
+        weight 0 is left out. ValueError where `wanted` names other sources than the folder has, and
+        where only some of the sources have a weight.
         """
         if wanted and wanted.keys() != self.sources.keys():
             raise ValueError(
                 f"{folder} holds the sources {', '.join(self.sources)}, not {', '.join(wanted)}"
             )
-        given = {name: wanted.get(name) or s["weight"] for name, s in self.sources.items()}
-        if None in given.values():
-            return {name: float(source["tokens"]) for name, source in self.sources.items()}
-        return {name: float(weight) for name, weight in given.items()}
+        now = {name: weight for name, weight in wanted.items() if weight is not None}
+        weights = {name: now.get(name, s["weight"]) for name, s in self.sources.items()}
+        check_weights(weights)
+        used = {
+            name: float(self.sources[name]["tokens"] if weight is None else weight)
+            for name, weight in weights.items()
+            if weight != 0
+        }
+        if not used:
+            raise ValueError(f"{folder}: each of its sources has the weight 0")
+        return used
 
     def write(self, folder: Path) -> None:
         """Write it in one step."""

@@ -6,23 +6,19 @@ is done once: a preparation that was killed goes on where it stood, to the same 
 
 import fcntl
 import json
-import os
 import shutil
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from threading import Event, Thread
 from typing import Any
 
 import numpy as np
-from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
-from datatrove.pipeline.base import PipelineStep
 
+from hydratron.data.executors import ExecutorConfig, Stages, run_stages
+from hydratron.data.files import file_hash, name_some
 from hydratron.data.indexed import IndexedCorpus, concatenate_corpora
+from hydratron.data.inputs import read_inputs
 from hydratron.data.manifest import MANIFEST, TOKENIZER, Manifest, differing_keys
 from hydratron.data.readers import Shard, plan_shards
 from hydratron.data.sources import CorpusConfig
@@ -44,36 +40,6 @@ WORK = ".work"
 _PLAN = "plan.json"
 _SHARD_ROWS = 50_000
 _NOT_CONTENT = ("weight", "home", "licence")  # of a source: what does not change its tokens
-_POLL_SECONDS = 2.0
-
-
-@dataclass(frozen=True)
-class ExecutorConfig:
-    """Where the stages run.
-
-    `kind`: local or slurm. `workers`: tasks at a time, None for a task a core. The rest is for
-    SLURM's sbatch. ValueError for values that cannot be.
-    """
-
-    kind: str = "local"
-    workers: int | None = None
-    partition: str | None = None
-    time: str = "24:00:00"
-    memory_gb: int = 4
-    qos: str = ""
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("local", "slurm"):
-            raise ValueError(f"executor.kind {self.kind!r} is not one of local, slurm")
-        if self.workers is not None and self.workers < 1:
-            raise ValueError(f"executor.workers {self.workers} is not positive")
-        if self.kind == "slurm" and self.partition is None:
-            raise ValueError("executor.kind slurm needs executor.partition")
-
-    @property
-    def num_workers(self) -> int:
-        """Tasks at a time on this machine."""
-        return self.workers or len(os.sched_getaffinity(0))
 
 
 @dataclass(frozen=True)
@@ -94,12 +60,7 @@ def check_preparation(corpus: CorpusConfig, output: Path, executor: ExecutorConf
         if not name.replace("_", "").replace("-", "").isalnum():
             raise ValueError(f"the name of source {name!r} is not made of letters, digits, _ and -")
     if (output / MANIFEST).is_file():
-        differing = differing_keys(Manifest.read(output).settings, settings_of(corpus))
-        if differing:
-            raise ValueError(
-                f"{output} holds a corpus of other settings ({', '.join(differing)}); it is never"
-                " rewritten: name another output"
-            )
+        _check_finished(Manifest.read(output), corpus, output)
         return Preparation(corpus, output, executor, is_done=True)
     if not (output / WORK).is_dir() and output.is_dir() and any(output.iterdir()):
         raise ValueError(f"{output} holds other files; name an empty or new folder as output")
@@ -109,6 +70,20 @@ def check_preparation(corpus: CorpusConfig, output: Path, executor: ExecutorConf
     except OSError as error:
         raise ValueError(f"{output}: cannot be written to: {error.strerror}") from error
     return Preparation(corpus, output, executor, is_done=False)
+
+
+def _check_finished(manifest: Manifest, corpus: CorpusConfig, output: Path) -> None:
+    """ValueError where a finished folder is not of this preparation."""
+    settings = differing_keys(manifest.settings, settings_of(corpus))
+    if settings:
+        problem = f"holds a corpus of other settings ({', '.join(settings)})"
+    elif not manifest.inputs:
+        problem = "holds a corpus whose manifest does not say which texts it was made of"
+    elif inputs := differing_keys(manifest.inputs, read_inputs(corpus)):
+        problem = f"holds a corpus of other inputs ({name_some(inputs)})"
+    else:
+        return
+    raise ValueError(f"{output} {problem}; it is never rewritten: name another output")
 
 
 def settings_of(corpus: CorpusConfig) -> dict[str, Any]:
@@ -128,14 +103,14 @@ def prepare_corpus(preparation: Preparation, say: Callable[[str], None]) -> Mani
     output = preparation.output
     if preparation.is_done:
         say(f"{output} holds this corpus already")
-        return Manifest.read(output)
+        manifest, sources = Manifest.read(output), preparation.corpus.sources
+        if any(source.weight != manifest.sources[n]["weight"] for n, source in sources.items()):
+            say("it keeps the weights of its manifest; pretrain uses data.sources.NAME.weight")
+        return manifest
     with _locked(output / WORK / "lock"):
         workspace = _plan(preparation, say)
-        if preparation.executor.kind == "slurm":
-            _run_on_slurm(workspace, preparation.executor, say)
-        else:
-            for stage, (steps, tasks) in _stages(workspace).items():
-                _run_here(workspace, stage, steps, tasks, preparation.executor.num_workers, say)
+        logs = workspace.folder / "logs"
+        run_stages(_stages(workspace), preparation.executor, logs=logs, say=say)
         manifest = _finish(workspace, output)
         say_steps(workspace, say)
         shutil.rmtree(output / WORK)
@@ -149,11 +124,7 @@ def _plan(preparation: Preparation, say: Callable[[str], None]) -> Workspace:
     for name, source in corpus.sources.items():
         size = corpus.steps.shard_megabytes << 20
         shards += plan_shards(name, source, shard_bytes=size, shard_rows=_SHARD_ROWS)
-    inputs = {
-        file: [os.stat(file).st_size, os.stat(file).st_mtime_ns]
-        for shard in shards
-        for file in shard.files
-    }
+    inputs = read_inputs(corpus)
     plan = json.dumps({"settings": settings_of(corpus), "shards": shards, "inputs": inputs})
     path = folder / _PLAN
     if path.is_file() and path.read_text() != plan:
@@ -167,7 +138,7 @@ def _plan(preparation: Preparation, say: Callable[[str], None]) -> Workspace:
     return Workspace(corpus, tuple(shards), folder)
 
 
-def _stages(workspace: Workspace) -> dict[str, tuple[list[PipelineStep], int]]:
+def _stages(workspace: Workspace) -> Stages:
     """The steps of each stage and the number of its tasks."""
     num_shards = len(workspace.shards)
     texts = [TextStep(workspace, name) for name in text_step_names(workspace.corpus)]
@@ -180,82 +151,6 @@ def _stages(workspace: Workspace) -> dict[str, tuple[list[PipelineStep], int]]:
         "duplicates": ([Deduplicate(workspace, "duplicates")], 1),
         "tokens": ([Tokenize(workspace, "tokenize")], num_shards),
     }
-
-
-def _run_here(
-    workspace: Workspace,
-    stage: str,
-    steps: list[PipelineStep],
-    tasks: int,
-    workers: int,
-    say: Callable[[str], None],
-) -> None:
-    started = time.monotonic()
-    executor = LocalPipelineExecutor(
-        steps,
-        tasks=tasks,
-        workers=min(workers, tasks),
-        logging_dir=str(workspace.folder / "logs" / stage),
-    )
-    completions = workspace.folder / "logs" / stage / "completions"
-    with _progress(stage, completions, tasks):
-        executor.run()
-    say(f"{stage}: {tasks} shard{'s' * (tasks > 1)}, {time.monotonic() - started:.1f} s")
-
-
-@contextmanager
-def _progress(stage: str, completions: Path, tasks: int) -> Iterator[None]:
-    """On a terminal, a line that counts the shards."""
-    ended = Event()
-
-    def watch() -> None:
-        while not ended.wait(_POLL_SECONDS):
-            done = len(list(completions.glob("*")))
-            print(f"\r{stage}: {done}/{tasks} shards", end="", file=sys.stderr, flush=True)
-        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-
-    thread = Thread(target=watch, daemon=True)
-    if sys.stderr.isatty():
-        thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        if thread.is_alive():
-            thread.join()
-
-
-def _run_on_slurm(workspace: Workspace, config: ExecutorConfig, say: Callable[[str], None]) -> None:
-    """Submit the stages as a chain of job arrays and wait; OSError where one of them fails."""
-    executor = None
-    for stage, (steps, tasks) in _stages(workspace).items():
-        executor = SlurmPipelineExecutor(
-            steps,
-            tasks=tasks,
-            time=config.time,
-            partition=str(config.partition),
-            mem_per_cpu_gb=config.memory_gb,
-            workers=config.workers or -1,
-            job_name=f"hydratron-{stage}",
-            qos=config.qos,
-            env_command=f"export PATH={Path(sys.executable).parent}:$PATH",
-            sbatch_args={"kill-on-invalid-dep": "yes"},
-            logging_dir=str(workspace.folder.resolve() / "logs" / stage),
-            depends=executor,
-            requeue=False,
-            mail_type="NONE",
-        )
-        executor.launch_job()
-        say(f"{stage}: {tasks} tasks, SLURM job {executor.job_id}")
-    assert executor is not None
-    while executor.get_incomplete_ranks():
-        states = subprocess.run(
-            ["squeue", "-h", "-o", "%T", "-j", str(executor.job_id)], capture_output=True, text=True
-        )
-        if not states.stdout.strip() and executor.get_incomplete_ranks():
-            logs = workspace.folder.resolve() / "logs"
-            raise OSError(f"a SLURM job failed; its output is in {logs}/*/slurm_logs")
-        time.sleep(_POLL_SECONDS)
 
 
 def _finish(workspace: Workspace, output: Path) -> Manifest:
@@ -280,6 +175,7 @@ def _finish(workspace: Workspace, output: Path) -> Manifest:
             "documents": made.num_documents,
             "sequences": made.num_sequences,
             "tokens": made.num_tokens,
+            "sha256": [file_hash(path) for path in made.files],
             "weight": source.weight,
             "home": source.home,
             "licence": source.licence,
@@ -293,6 +189,7 @@ def _finish(workspace: Workspace, output: Path) -> Manifest:
         tokenizer_sha256=tokenizer_hash(tokenizer),
         sources=sources,
         steps=steps,
+        inputs=json.loads((workspace.folder / _PLAN).read_bytes())["inputs"],
     )
     manifest.write(output)
     return manifest
@@ -356,10 +253,13 @@ def say_steps(workspace: Workspace, say: Callable[[str], None]) -> None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """One preparation at a time writes to a folder; the lock goes with the process."""
+    """One preparation at a time writes to a folder; the lock goes with the process.
+
+    It is POSIX's, which a fork does not inherit: flock's would stay with a child that is left.
+    """
     with path.open("w") as stream:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise ValueError(f"{path.parent.parent}: another preparation writes to it") from error
         yield

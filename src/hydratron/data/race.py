@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,8 @@ def load_race(path: Path | None, split: str) -> list[RaceQuestion]:
 
     Raises:
         ValueError: naming file and line or question: JSON that is not, a missing field, lists of
-            different lengths, not four options, an answer that is not A to D; or no questions.
+            different lengths, not four options, an answer that is not A to D, an id of two
+            passages; or no questions.
     """
     if path is None:
         source = f"{_HUB_NAME}/all/{split}"
@@ -58,24 +59,43 @@ def load_race(path: Path | None, split: str) -> list[RaceQuestion]:
     else:
         source = str(path)
         passages = _read_files(Path(path), "dev" if split == "validation" else split)
-    questions = [q for where, row, level in passages for q in _parse_passage(row, where, level)]
+    questions = _number_questions(passages)
     if not questions:
         raise ValueError(f"{source}: no questions")
     return questions
 
 
+def _number_questions(passages: Iterator[tuple[str, Any, str]]) -> list[RaceQuestion]:
+    """Number the questions of each passage from 0, on where its id comes again."""
+    known: dict[str, tuple[str, str, int]] = {}  # where, article, questions so far
+    result: list[RaceQuestion] = []
+    for where, row, level in passages:
+        questions = _parse_passage(row, where, level)
+        passage_id, article = row["id"], row["article"]
+        first, known_article, num_known = known.get(passage_id, (where, article, 0))
+        if article != known_article:
+            raise ValueError(f"{where}: id {passage_id!r} is that of another passage, {first}")
+        known[passage_id] = first, article, num_known + len(questions)
+        result += [
+            replace(question, id=f"{passage_id}-{num_known + i}")
+            for i, question in enumerate(questions)
+        ]
+    return result
+
+
 def _read_hub(split: str, source: str) -> Iterator[tuple[str, Any, str]]:
     """Gather the hub's rows, one a question, into passages."""
-    passages: dict[str, dict[str, Any]] = {}
+    passages: dict[tuple[str, str], dict[str, Any]] = {}
     for row in load_from_hub(_HUB_NAME, "all", split=split):
         start = {"id": row["example_id"], "article": row["article"]}
         passage = passages.setdefault(
-            row["example_id"], {**start, "questions": [], "options": [], "answers": []}
+            (row["example_id"], row["article"]),
+            {**start, "questions": [], "options": [], "answers": []},
         )
         passage["questions"].append(row["question"])
         passage["options"].append(row["options"])
         passage["answers"].append(row["answer"])
-    for name, passage in passages.items():
+    for (name, _), passage in passages.items():
         yield f"{source}:{name}", passage, ""
 
 

@@ -1,26 +1,28 @@
 """Raw text of a source: files and datasets become documents, in shards of about equal size."""
 
-import json
 import re
-import zlib
-from collections.abc import Callable, Iterator
-from glob import glob
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import zstandard
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
+from hydratron.data.files import (
+    JSON_ENDINGS,
+    TEXT_ENDINGS,
+    find_files,
+    read_json_lines,
+    read_text,
+)
 from hydratron.data.sources import Source
 from hydratron.data.text import split_documents
 from hydratron.data.zeroshot import wikitext_detokenize
 
 _ENDINGS = {
-    "text": (".txt", ".txt.gz", ".txt.zst"),
-    "jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz"),
-    "wikitext": (".tokens", ".raw", ".txt", ".tokens.gz", ".txt.gz"),
+    "text": TEXT_ENDINGS,
+    "jsonl": JSON_ENDINGS,
+    "wikitext": (".tokens", ".raw", *TEXT_ENDINGS),
 }
-_CHUNK = 1 << 20
 # " = Title = ", not " = = Section = = "
 _ARTICLE = re.compile(r"^ ?= (?!=)(?P<title>[^\n]+?) (?<!= )= ?$", re.MULTILINE)
 
@@ -43,19 +45,8 @@ class Shard(NamedTuple):
 
 
 def list_files(source: Source) -> list[Path]:
-    """The files of a source, sorted; ValueError where there are none."""
-    path = Path(source.path).expanduser()
-    found = [path] if path.exists() else [Path(name) for name in sorted(glob(str(path)))]
-    files = []
-    for entry in found:
-        inside = [entry] if entry.is_file() else sorted(entry.rglob("*"))
-        endings = _ENDINGS[source.kind]
-        files += [f for f in inside if f.is_file() and (f == entry or f.name.endswith(endings))]
-    if not found:
-        raise ValueError(f"{path}: no such file or folder")
-    if not files:
-        raise ValueError(f"{path}: no file ending in {', '.join(_ENDINGS[source.kind])} in it")
-    return files
+    """The files of a source, sorted; ValueError as find_files."""
+    return find_files(source.path, _ENDINGS[source.kind])
 
 
 def plan_shards(name: str, source: Source, *, shard_bytes: int, shard_rows: int) -> list[Shard]:
@@ -67,7 +58,7 @@ def plan_shards(name: str, source: Source, *, shard_bytes: int, shard_rows: int)
     shards: list[Shard] = []
     room = 0
     for file in list_files(source):
-        size = file.stat().st_size * (3 if file.suffix in (".gz", ".zst") else 1)
+        size = file.stat().st_size * (3 if file.suffix.lower() in (".gz", ".zst") else 1)
         if not shards or size > room:
             shards.append(Shard(name, []))
             room = shard_bytes
@@ -135,78 +126,8 @@ def wikitext_titles(file: Path) -> list[str]:
 
 
 def _read_json_lines(source: Source, file: Path) -> Iterator[RawDocument]:
-    for number, line in _lines(file):
-        if not line.strip():
-            continue
-        where = f"{file}: line {number}"
-        try:
-            row = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{where}: not UTF-8 at byte {error.start} of the line") from error
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}, column {error.colno}: not JSON: {error.msg}") from error
+    for number, row in read_json_lines(file):
         if not isinstance(row, dict) or not isinstance(row.get(source.text_key), str):
-            raise ValueError(f"{where}: no text under {source.text_key!r}")
+            raise ValueError(f"{file}: line {number}: no text under {source.text_key!r}")
         title = str(row.get(source.title_key) or "")
         yield RawDocument(row[source.text_key], f"{file}:{number}", title)
-
-
-def read_text(file: Path) -> str:
-    """A whole text file, unpacked, its newlines made "\\n"."""
-    raw = b"".join(_unpacked(file))
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{file}: not UTF-8 at byte {error.start} (line {line}): {error.reason}"
-        ) from error
-    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
-
-
-def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
-    number, rest = 0, b""
-    for chunk in _unpacked(file):
-        *lines, rest = (rest + chunk).split(b"\n")
-        for line in lines:
-            number += 1
-            yield number, line
-    if rest:
-        yield number + 1, rest
-
-
-def _unpacked(file: Path) -> Iterator[bytes]:
-    """The contents in chunks; a truncated or broken .gz or .zst is a ValueError with its place."""
-    if file.suffix == ".gz":
-        chunks = _decompress(file, lambda: zlib.decompressobj(wbits=31))
-    elif file.suffix == ".zst":
-        chunks = _decompress(file, zstandard.ZstdDecompressor().decompressobj)
-    else:
-        with file.open("rb") as stream:
-            while chunk := stream.read(_CHUNK):
-                yield chunk
-        return
-    done = 0
-    try:
-        for chunk in chunks:
-            done += len(chunk)
-            yield chunk
-    except (EOFError, zlib.error, zstandard.ZstdError) as error:
-        raise ValueError(f"{file}: broken after byte {done} of its contents: {error}") from error
-
-
-def _decompress(file: Path, make: Callable[[], Any]) -> Iterator[bytes]:
-    """Both formats may have several members one after the other."""
-    member = None
-    with file.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            while chunk:
-                if member is None:
-                    if not chunk.strip(b"\0"):  # tape padding after the last member
-                        break
-                    member = make()
-                yield member.decompress(chunk)
-                chunk = member.unused_data if member.eof else b""
-                member = None if member.eof else member
-    if member is not None:
-        raise EOFError("the compressed file is truncated")

@@ -1,6 +1,9 @@
 """What decides the content of a prepared corpus: its sources and the steps they go through."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from math import inf
+from typing import Any
 
 from hydratron.data.deduplication import NearDuplicates
 
@@ -37,8 +40,23 @@ class Source:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"kind {self.kind!r} of a source is not one of {', '.join(KINDS)}")
-        if self.weight is not None and not self.weight > 0:
+        if self.weight is not None and not 0 < self.weight < inf:
             raise ValueError(f"weight {self.weight} of a source is not positive")
+
+
+def check_weights(weights: Mapping[str, Any]) -> None:
+    """ValueError for a weight that is no number, and for one that is missing beside others."""
+    for name, weight in weights.items():
+        is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if weight is not None and not (is_number and 0 <= weight < inf):
+            raise ValueError(f"data.sources.{name}.weight {weight!r} is not a number from 0 up")
+    missing = [name for name, weight in weights.items() if weight is None]
+    given = [name for name, weight in weights.items() if weight]
+    if missing and given:
+        raise ValueError(
+            f"data.sources.{missing[0]}.weight is missing where {given[0]} has one:"
+            " each source has a weight, or none has"
+        )
 
 
 @dataclass(frozen=True)
@@ -73,6 +91,7 @@ class CorpusConfig:
 
     `tokenizer`: a kind to train on the text (with `vocab_size` and `lowercase`), or a folder, file
     or Hub name. `split_into_sentences`: a sequence is a sentence, as BERT needs, else a document.
+    ValueError where only some of the sources have a weight.
     """
 
     sources: dict[str, Source]
@@ -81,3 +100,6 @@ class CorpusConfig:
     lowercase: bool
     split_into_sentences: bool
     steps: StepsConfig
+
+    def __post_init__(self) -> None:
+        check_weights({name: source.weight for name, source in self.sources.items()})

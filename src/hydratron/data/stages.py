@@ -39,7 +39,6 @@ from hydratron.data.sources import CorpusConfig, Source
 from hydratron.data.text import (
     TRAINING_CHARACTERS,
     encode_documents,
-    first_characters,
     split_sentences,
 )
 from hydratron.data.tokenizer import TOKENIZER_KINDS, load_tokenizer, train_tokenizer
@@ -268,15 +267,14 @@ class MakeTokenizer(_Step):
     def _sample(self, name: str) -> Iterator[str]:
         source = self.workspace.corpus.sources[name]
         clean = text_function("clean", self.workspace, source)
-        documents = (
-            clean(raw.text, "") or ""
-            for shard in self.workspace.shards
-            if shard.source == name
-            for raw in read_shard(source, shard)
-        )
-        return first_characters(
-            documents, TRAINING_CHARACTERS // len(self.workspace.corpus.sources)
-        )
+        left = TRAINING_CHARACTERS // len(self.workspace.corpus.sources)
+        for shard in self.workspace.shards:
+            for raw in read_shard(source, shard) if shard.source == name else ():
+                text = (clean(raw.text[:left], "") or "")[:left]
+                yield text
+                left -= len(text)
+                if left <= 0:
+                    return
 
 
 class Deduplicate(_Step):

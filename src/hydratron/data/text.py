@@ -1,12 +1,10 @@
 """Raw text to an indexed corpus: files, documents, sentences, tokens, in a shared cache."""
 
-import gzip
 import hashlib
 import json
 import re
 import shutil
 import uuid
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from hydratron.data.files import TEXT_ENDINGS, find_files, make_cache_folder, read_text
 from hydratron.data.indexed import IndexedCorpus, IndexedWriter
 from hydratron.data.tokenizer import (
     TOKENIZER_KINDS,
@@ -117,34 +116,12 @@ def split_sentences(text: str) -> list[str]:
 
 
 def read_text_folder(path: str | Path) -> Iterator[tuple[Path, str]]:
-    """(file, text) for each *.txt and *.txt.gz at or below `path`, sorted.
+    """(file, text) for each text file at or below `path`, or that a pattern matches, sorted.
 
-    `path` may be one such file. ValueError for a folder that does not exist or holds no such file,
-    for a broken gzip file, and for text that is not UTF-8, with the position of the first offending
-    byte.
+    ValueError as find_files and read_text.
     """
-    path = Path(path)
-    if not path.exists():
-        raise ValueError(f"{path}: no such file or folder")
-    candidates = [path] if path.is_file() else sorted(path.rglob("*"))
-    files = [f for f in candidates if f.name.endswith((".txt", ".txt.gz")) and f.is_file()]
-    if not files:
-        raise ValueError(f"{path}: no *.txt or *.txt.gz file in it")
-    return ((file, _read_text(file)) for file in files)
-
-
-def _read_text(file: Path) -> str:
-    raw = file.read_bytes()
-    if file.suffix == ".gz":
-        try:
-            raw = gzip.decompress(raw)
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise ValueError(f"{file}: not a complete gzip file: {error}") from error
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8 at byte {error.start}: {error.reason}") from error
-    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+    files = find_files(path, TEXT_ENDINGS)
+    return ((file, read_text(file)) for file in files)
 
 
 @dataclass(frozen=True)
@@ -176,7 +153,8 @@ def prepare_text_corpus(
     sequence of the corpus is a sentence, or else a document. The result is a folder of `cache_dir`,
     written elsewhere and renamed when complete: several processes may prepare it at once, the first
     wins, and it never changes. ValueError for a loaded tokenizer with more than `vocab_size`
-    entries, and as read_text_folder and load_tokenizer.
+    entries, a text without a token, a cache that cannot be written to, and as read_text_folder and
+    load_tokenizer.
     """
     path = Path(path) if path is not None else _SHIPPED
     settings = {"format": _CACHE_FORMAT, "split_into_sentences": split_into_sentences}
@@ -197,13 +175,14 @@ def prepare_text_corpus(
         make = partial(load_tokenizer, tokenizer)
     folder = Path(cache_dir) / _content_hash(path, settings)[:16]
     if not folder.is_dir():
+        make_cache_folder(folder.parent)
         building = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.tmp")
         try:
             _build(path, building, make(), split_into_sentences)
             building.rename(folder)
-        except OSError:
+        except OSError as error:
             if not folder.is_dir():  # if it is one, another process was faster
-                raise
+                raise OSError(error.errno, error.strerror, str(building)) from error
         finally:
             shutil.rmtree(building, ignore_errors=True)
     corpus = IndexedCorpus(folder / "corpus")
@@ -234,9 +213,13 @@ def _build(
     with IndexedWriter(
         folder / "corpus", np.uint16 if len(tokenizer) < 65_500 else np.int32
     ) as writer:
+        num_documents = 0
         for sentences in encode_documents(tokenizer, documents):
             if any(map(len, sentences)):
                 writer.add_document(sentences)
+                num_documents += 1
+        if not num_documents:
+            raise ValueError(f"{path}: no document is left of it, there is nothing to tokenise")
 
 
 def first_characters(texts: Iterable[str], left: int = TRAINING_CHARACTERS) -> Iterator[str]:

@@ -7,7 +7,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 from tokenizers import (
@@ -19,7 +19,12 @@ from tokenizers import (
     pre_tokenizers,
     trainers,
 )
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    BertTokenizer,
+    GPT2Tokenizer,
+    PreTrainedTokenizerFast,
+)
 
 from hydratron.data.special_tokens import SpecialTokens
 
@@ -35,6 +40,8 @@ _ROLES = {
     "eos_token": "<|endoftext|>",
 }
 _SPECIALS = list(_ROLES.values())
+_CONFIG = "tokenizer_config.json"
+_SETTINGS = (_CONFIG, "added_tokens.json", "special_tokens_map.json")  # what transformers reads
 _NO_LIMIT = 10**30  # what transformers takes for "no maximum length"
 
 
@@ -142,7 +149,8 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerFast:
     """A tokenizer from a folder, a `tokenizer.json`, or by its Hugging Face Hub name.
 
     A folder holds tokenizer.json, or vocab.txt (BERT), or vocab.json and merges.txt (GPT-2; also
-    under their first names, encoder.json and vocab.bpe). ValueError, one line, for anything else.
+    under their first names, encoder.json and vocab.bpe). A configuration beside these is read as
+    transformers reads it. ValueError, one line, for anything else.
     """
     path = Path(spec).expanduser()
     if path.is_file():
@@ -151,39 +159,59 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerFast:
         return _load_folder(path)
     if spec.startswith((".", "~", os.sep)) or spec.count("/") > 1 or path.suffix == ".json":
         raise ValueError(f"tokenizer {spec!r}: no such file or folder")
+    return _load_with(AutoTokenizer, spec, "is no file, no folder, and not to be had from the Hub")
+
+
+def _load_with(
+    auto: type[AutoTokenizer] | type[PreTrainedTokenizerFast], spec: str, failure: str
+) -> PreTrainedTokenizerFast:
+    """What transformers makes of a folder or name, without running code that lies there."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(spec, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+        tokenizer = auto.from_pretrained(spec, trust_remote_code=False)
+    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"tokenizer {spec!r} is no file, no folder, and not to be had from the Hub: {reason}"
-        ) from error
+        raise ValueError(f"tokenizer {spec!r} {failure}: {reason}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"tokenizer {spec!r} has no fast version (tokenizer.json)")
     return tokenizer
 
 
-def _backend_from_file(path: Path) -> Tokenizer:
-    text = path.read_text(encoding="utf-8")
+def _read_json(path: Path, what: str = "JSON") -> Any:
     try:
-        state = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not a tokenizer.json: {error}") from error
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # of JSON or of UTF-8
+        raise ValueError(f"{path}: not {what}: {error}") from error
+
+
+def _backend_from_file(path: Path) -> Tokenizer:
+    state = _read_json(path, "a tokenizer.json")
     if not isinstance(state, dict) or "model" not in state:
         raise ValueError(f"{path}: not a tokenizer.json: it describes no model")
-    return Tokenizer.from_str(text)
+    return Tokenizer.from_str(json.dumps(state))
 
 
 def _load_folder(folder: Path) -> PreTrainedTokenizerFast:
+    settings = {name: folder / name for name in _SETTINGS if (folder / name).is_file()}
+    config = {name: _read_json(path) for name, path in settings.items()}.get(_CONFIG, {})
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / _CONFIG}: not a JSON object")
+    failure = "cannot be read"
     if (folder / "tokenizer.json").is_file():
-        if not (folder / "tokenizer_config.json").is_file():
+        if _CONFIG not in settings:
             return _wrap(_backend_from_file(folder / "tokenizer.json"))
         # the configuration says which token plays which role
-        return cast(PreTrainedTokenizerFast, PreTrainedTokenizerFast.from_pretrained(str(folder)))
+        return _load_with(PreTrainedTokenizerFast, str(folder), failure)
+    is_named = "tokenizer_class" in config or "auto_map" in config
     if (folder / "vocab.txt").is_file():
+        if settings:
+            return _load_with(AutoTokenizer if is_named else BertTokenizer, str(folder), failure)
         return _load_wordpiece(folder / "vocab.txt")
     for vocab, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
         if (folder / vocab).is_file() and (folder / merges).is_file():
+            if settings and vocab == "vocab.json":
+                return _load_with(
+                    AutoTokenizer if is_named else GPT2Tokenizer, str(folder), failure
+                )
             return _load_bpe(folder / vocab, folder / merges)
     raise ValueError(
         f"tokenizer {str(folder)!r} holds neither tokenizer.json, nor vocab.txt, nor vocab.json "
@@ -192,7 +220,9 @@ def _load_folder(folder: Path) -> PreTrainedTokenizerFast:
 
 
 def _load_wordpiece(path: Path) -> PreTrainedTokenizerFast:
-    entries = path.read_text(encoding="utf-8").splitlines()
+    # a line feed alone ends an entry: U+2028 and the like are entries of published vocabularies
+    text = path.read_bytes().decode("utf-8").removesuffix("\n")
+    entries = [line.removesuffix("\r") for line in text.split("\n")]
     vocab = {entry: i for i, entry in enumerate(entries)}
     if "[UNK]" not in vocab:
         raise ValueError(f"{path}: no [UNK], this is not a WordPiece vocabulary")
@@ -202,10 +232,7 @@ def _load_wordpiece(path: Path) -> PreTrainedTokenizerFast:
 
 
 def _load_bpe(vocab_path: Path, merges_path: Path) -> PreTrainedTokenizerFast:
-    try:
-        vocab = json.loads(vocab_path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{vocab_path}: not JSON: {error}") from error
+    vocab = _read_json(vocab_path)
     merges = [
         (left, right)
         for line in merges_path.read_text(encoding="utf-8").split("\n")

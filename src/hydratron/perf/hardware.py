@@ -5,9 +5,19 @@ the maker's figures.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 GIB = 2**30
+MAY_BE_ZERO = (
+    "reserved_gib",
+    "workspace_gib",
+    "intra_node_latency_us",
+    "inter_node_latency_us",
+    "collective_us",
+    "kernel_us",
+    "step_ms",
+    "overlap",
+)
 
 
 @dataclass(frozen=True)
@@ -61,9 +71,13 @@ class Hardware:
             )
 
     def __post_init__(self) -> None:
-        for key in ("gpus_per_node", "num_nodes", "peak_tflops", "memory_gib", "memory_bandwidth"):
-            if getattr(self, key) <= 0:
-                raise ValueError(f"hardware.{key} {getattr(self, key)} is not positive")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if type(value) in (int, float):
+                rule = "at least 0" if field.name in MAY_BE_ZERO else "positive"
+                is_less = value < 0 if field.name in MAY_BE_ZERO else value <= 0
+                if is_less or not math.isfinite(value):
+                    raise ValueError(f"hardware.{field.name} {value} is not finite and {rule}")
         for key in (
             "product_efficiency",
             "attention_efficiency",
@@ -71,9 +85,9 @@ class Hardware:
             "elementwise_efficiency",
             "memory_efficiency",
         ):
-            if not 0 < getattr(self, key) <= 1:
+            if getattr(self, key) > 1:
                 raise ValueError(f"hardware.{key} {getattr(self, key)} is not in (0, 1]")
-        if not 0 <= self.overlap <= 1:
+        if self.overlap > 1:
             raise ValueError(f"hardware.overlap {self.overlap} is not in [0, 1]")
 
     @property

@@ -1,5 +1,7 @@
 """Which split of a training run over a cluster is fastest, and which fit at all."""
 
+import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -135,18 +137,24 @@ def _sharding(layout: StepConfig) -> list[StepConfig]:
 
 def _nearest_division(config: StepConfig, hardware: Hardware) -> str:
     """Say which number of nodes divides the batch, the nearest to the one given."""
-    for distance in range(1, hardware.num_nodes + 1):
-        for num_nodes in (hardware.num_nodes - distance, hardware.num_nodes + distance):
-            if num_nodes < 1:
-                continue
-            other = replace(hardware, num_nodes=num_nodes)
-            for size in tensor_parallel_sizes(other):
-                try:
-                    split(config, other, size)
-                except ValueError:
-                    continue
-                return f"hardware.num_nodes={num_nodes} would work"
-    return f"no number of nodes up to {2 * hardware.num_nodes} divides it"
+    found = set()
+    for size in tensor_parallel_sizes(hardware):
+        for num_replicas in _divisors(config.global_batch_size):
+            num_nodes, rest = divmod(num_replicas * size, hardware.gpus_per_node)
+            if rest == 0 and num_nodes <= 2 * hardware.num_nodes:
+                with contextlib.suppress(ValueError):
+                    split(config, replace(hardware, num_nodes=num_nodes), size)
+                    found.add(num_nodes)
+    if not found:
+        return f"no number of nodes up to {2 * hardware.num_nodes} divides it"
+    nearest = min(found, key=lambda number: (abs(number - hardware.num_nodes), number))
+    return f"hardware.num_nodes={nearest} would work"
+
+
+def _divisors(number: int) -> set[int]:
+    """The divisors of a number; of one beyond 1e12 those whose smaller part is up to a million."""
+    small = [n for n in range(1, min(math.isqrt(number), 10**6) + 1) if number % n == 0]
+    return {*small, *(number // n for n in small)}
 
 
 def smallest(config: StepConfig, hardware: Hardware, estimator: Estimator) -> Estimate:

@@ -58,6 +58,11 @@ RC: dict[Any, Any] = {
 }
 
 
+def verbatim(text: str) -> str:
+    """`text` as matplotlib shows it letter by letter: a pair of dollars would be a formula."""
+    return text.replace("$", r"\$")
+
+
 def style_of(key: str | None, value: Any, index: int) -> tuple[str, Any, str]:
     """Colour, dashes and marker for the `index`-th value of a key."""
     return FIXED_STYLES.get((key or "", value), STYLES[index % len(STYLES)])
@@ -67,8 +72,10 @@ def add_title(figure: Figure, title: str, subtitle: str) -> None:
     """Title and subtitle flush left on top; in inches, so that no figure height moves them."""
     width, height = figure.get_size_inches()
     subtitle = textwrap.shorten(subtitle, int(14.5 * width), placeholder=" …")
-    figure.text(0.08 / width, 1 - 0.1 / height, title, fontsize=12, fontweight="bold", va="top")
-    figure.text(0.08 / width, 1 - 0.36 / height, subtitle, color="#555555", va="top")
+    figure.text(
+        0.08 / width, 1 - 0.1 / height, verbatim(title), fontsize=12, fontweight="bold", va="top"
+    )
+    figure.text(0.08 / width, 1 - 0.36 / height, verbatim(subtitle), color="#555555", va="top")
 
 
 def add_legend(figure: Figure, entries: Mapping[str, tuple[str, Any, str]]) -> None:

@@ -20,6 +20,7 @@ from hydratron.report.canvas import (
     make_panels,
     save_figure,
     style_of,
+    verbatim,
 )
 from hydratron.report.groups import (
     Group,
@@ -66,10 +67,10 @@ def divergence_map(section: Section, path: Path) -> Path | None:
                 at = rates.index(group.values["optimizer.lr"]), depths.index(group.values[depth])
                 cells.setdefault(at, []).append(group)
             _draw_cells(axes, cells, (len(rates), len(depths)))
-            axes.set_xticks(range(len(rates)), [format_number(rate) for rate in rates])
-            axes.set_yticks(range(len(depths)), [format_number(value) for value in depths])
+            axes.set_xticks(range(len(rates)), [verbatim(format_number(rate)) for rate in rates])
+            axes.set_yticks(range(len(depths)), [verbatim(format_number(d)) for d in depths])
             if placement:
-                axes.set_title(name_value(placement, value), loc="left")
+                axes.set_title(verbatim(name_value(placement, value)), loc="left")
         figure.supxlabel("learning rate", fontsize=9)
         grid.flat[0].set_ylabel(name_key(depth))
         subtitle = "cell: diverged of all ended runs, median held-out loss; hatched: no run"
@@ -138,7 +139,7 @@ def group_bars(section: Section, metric: str, path: Path, *, bars: bool) -> Path
         axes = grid.flat[0]
         for row, group in enumerate(groups):
             _draw_bar(axes, group, row, metric, bars=bars)
-        axes.set_yticks(range(len(groups)), [group.label for group in groups])
+        axes.set_yticks(range(len(groups)), [verbatim(group.label) for group in groups])
         axes.set_ylim(len(groups) - 0.5, -0.5)
         axes.margins(x=0.18)
         if bars:
@@ -150,7 +151,7 @@ def group_bars(section: Section, metric: str, path: Path, *, bars: bool) -> Path
         axes.xaxis.set_major_locator(MaxNLocator(6))
         if bars:
             axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.6g}"))
-        axes.set_xlabel(name_metric(metric))
+        axes.set_xlabel(verbatim(name_metric(metric)))
         name = name_metric(metric)
         seeds = count_seeds(section)
         said = f"median of {seeds} with range" if "seeds" in seeds else "1 seed"

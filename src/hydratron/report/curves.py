@@ -27,6 +27,7 @@ from hydratron.report.canvas import (
     make_panels,
     save_figure,
     style_of,
+    verbatim,
 )
 from hydratron.report.groups import Group, Section, order_values
 from hydratron.report.published import BERT_LOSSES, count_parameters
@@ -88,7 +89,7 @@ class Layout:
 
     def label(self, group: Group) -> str:
         """The group's name within its panel."""
-        return ", ".join(self.section.name(key, group.values[key]) for key in self.lines)
+        return verbatim(", ".join(self.section.name(k, group.values[k]) for k in self.lines))
 
     @cached_property
     def styles(self) -> dict[str, Style]:
@@ -102,7 +103,7 @@ class Layout:
 
     def title(self, panel: int) -> str:
         pairs = zip((self.row, self.column), self.panels[panel], strict=True)
-        return ", ".join(self.section.name(key, value) for key, value in pairs if key)
+        return verbatim(", ".join(self.section.name(key, value) for key, value in pairs if key))
 
 
 def assign_keys(section: Section, without: Sequence[str] = ()) -> Layout:

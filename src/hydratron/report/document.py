@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text
 
 from hydratron.report.figures import draw_figures
 from hydratron.report.groups import Section, split_sections
@@ -13,10 +14,12 @@ from hydratron.report.runs import Collection
 from hydratron.report.speed import speed_tables, write_rows
 from hydratron.report.tables import (
     Table,
+    markdown,
     print_table,
     problem_lines,
     render_markdown,
     runs_frame,
+    save_csv,
     summary_table,
     write_csv,
 )
@@ -47,9 +50,9 @@ def print_summary(collection: Collection, console: Console, *, against_seed: boo
             console.print()
             print_table(table, console)
         console.print()
-    console.print(collection.describe(), style="bold", highlight=False)
+    console.print(Text(collection.describe(), style="bold"))
     for line in problem_lines(collection, sections):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(Text(line), soft_wrap=True)
 
 
 def write_report(collection: Collection, output: Path, *, against_seed: bool = False) -> Written:
@@ -68,15 +71,15 @@ def write_report(collection: Collection, output: Path, *, against_seed: bool = F
         figures += drawn
         parts.append((section, tables, drawn))
     problems = problem_lines(collection, sections)
-    listed = "".join(f"\n* {line}" for line in problems)
-    markdown = [render_markdown(table) for _, tables, _ in parts for table in tables]
+    listed = "".join(f"\n* {markdown(line)}" for line in problems)
+    tabled = [render_markdown(table) for _, tables, _ in parts for table in tables]
     texts = {
-        "table.md": "\n".join([*markdown, f"{collection.describe()}\n{listed}".strip() + "\n"]),
+        "table.md": "\n".join([*tabled, f"{collection.describe()}\n{listed}".strip() + "\n"]),
         "report.html": render_page(collection, parts, problems, output),
     }
     for name, text in texts.items():
-        (output / name).write_text(text)
+        (output / name).write_text(text, encoding="utf-8")
     write_csv(sections, output / "table.csv")
-    runs_frame(collection).to_csv(output / "runs.csv", index=False)
+    save_csv(runs_frame(collection), output / "runs.csv")
     files = [output / name for name in ("table.md", "table.csv", "runs.csv", "report.html")]
     return Written([*files, *figures, *(path.with_suffix(".svg") for path in figures)], figures)

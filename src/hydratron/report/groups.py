@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from hydratron.report.files import METRIC, is_metric
 from hydratron.report.protocols import drop_repeated
 from hydratron.report.runs import Collection, Run, find_swept_keys
 
@@ -66,10 +67,10 @@ class Spread:
 
 
 def has_diverged(run: Run) -> bool:
-    """Whether the final loss is not finite, or held-out loss lies above the unigram entropy.
+    """Whether the final loss is not finite, or held-out loss lies at or above the unigram entropy.
 
-    A model above that entropy predicts worse than character (token) frequencies alone. A failed run
-    counts when its error says that the loss was not finite.
+    A model there predicts no better than character (token) frequencies alone. A failed run counts
+    when its error says that the loss was not finite.
     """
     losses = [run.final(metric) for metric in ("train/loss", *LANGUAGE_LOSSES)]
     if any(loss is not None and not math.isfinite(loss) for loss in losses):
@@ -78,7 +79,7 @@ def has_diverged(run: Run) -> bool:
         return NOT_FINITE.search(run.error) is not None
     entropy = run.final(UNIGRAM_ENTROPY)
     held_out = next((loss for loss in losses[1:] if loss is not None), None)
-    return entropy is not None and held_out is not None and held_out > entropy
+    return entropy is not None and held_out is not None and held_out >= entropy
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ class Section:
             for group in self.groups
             for run in group.judged
             for key, value in run.result.items()
-            if "/" in key and isinstance(value, int | float | str | None)
+            if METRIC.fullmatch(key) and is_metric(value)
         }
         return sorted(found)
 
@@ -175,23 +176,37 @@ class Section:
     def unigram_entropies(self) -> list[float]:
         """The distinct unigram entropies of the held-out text over all runs, in nats."""
         values = {run.final(UNIGRAM_ENTROPY) for run in self.runs}
-        return sorted({round(value, 3) for value in values if value is not None})
+        return sorted(
+            {round(value, 3) for value in values if value is not None and math.isfinite(value)}
+        )
 
     def best(self, metric: str) -> set[int]:
         """Indices of the groups with the best median, one for each question (task, model, data)
-        asked twice or more.
+        asked twice or more. One seed has no range to win by: such a group is none of them.
         """
+        return {i for i in self._leading(metric) if i not in self._of_one_seed(metric)}
+
+    def has_one_seed(self, metric: str) -> bool:
+        """Whether a group that others are compared with has no range."""
+        return bool(self._leading(metric)) and bool(self._of_one_seed(metric))
+
+    def _of_one_seed(self, metric: str) -> set[int]:
+        spreads = [group.spread(metric) for group in self.groups]
+        return {index for index, spread in enumerate(spreads) if spread and spread.n == 1}
+
+    def _leading(self, metric: str) -> list[int]:
+        """The group with the best median of each question that several groups answer."""
         questions: dict[tuple[Any, ...], dict[int, float]] = {}
         for index, group in enumerate(self.groups):
             spread = group.spread(metric)
             if spread is not None and math.isfinite(spread.median):
                 questions.setdefault(_question(group, metric), {})[index] = spread.median
         choose = min if lower_is_better(metric) else max
-        return {
+        return [
             choose(medians, key=medians.__getitem__)
             for medians in questions.values()
             if len(medians) > 1
-        }
+        ]
 
     def is_close(self, metric: str) -> bool:
         """Whether some best group's range over the seeds overlaps that of another group of the same
@@ -235,7 +250,7 @@ def _natural(value: Any) -> tuple[bool, float, str]:
     """Numbers by size, then words by letter."""
     try:
         return (False, float(value), "")
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         return (True, 0.0, str(value))
 
 
@@ -269,7 +284,7 @@ def split_sections(collection: Collection) -> list[Section]:
     """One section for each command that was run: a pretraining loss and a finetuning score share no
     table. A run that a protocol made twice counts once.
     """
-    runs = drop_repeated(collection.runs)
+    runs = drop_repeated(collection.readable)
     commands = dict.fromkeys(run.command for run in runs if run.result.get("command"))
     default = next(iter(commands), "pretrain")  # what a job without a result yet most likely is
     named: dict[str, list[Run]] = {}

@@ -4,7 +4,9 @@ import base64
 import os
 from html import escape
 from pathlib import Path
+from urllib.parse import quote
 
+from hydratron.report.files import plain
 from hydratron.report.groups import Section, format_number
 from hydratron.report.runs import Collection, Run
 from hydratron.report.tables import Table, format_metric, name_key, name_metric
@@ -77,7 +79,7 @@ def render_figure(png: Path) -> str:
 
 
 def _run_row(run: Run, section: Section, output: Path) -> str:
-    link = escape(os.path.relpath(run.path, output), quote=True)
+    link = quote(os.path.relpath(run.path, output).encode(errors="surrogateescape"))
     values = [format_number(run.value(key)) for key in section.keys]
     finals = [format_metric(metric, run.final(metric)) for metric in section.main_metrics]
     seconds = run.result.get("duration_s")
@@ -85,7 +87,7 @@ def _run_row(run: Run, section: Section, output: Path) -> str:
     commit = str(run.result.get("git_commit") or "–")[:10]
     cells = [*values, str(run.seed), run.status, *finals, duration]
     row = "".join(_cell(cell) for cell in cells)
-    name = f'<td><a href="{link}">{escape(run.path.name)}</a></td>'
+    name = f'<td><a href="{link}">{escape(run.name)}</a></td>'
     return f"<tr>{name}{row}<td>{escape(commit)}</td></tr>"
 
 
@@ -119,10 +121,9 @@ def render_page(
         body += [*map(render_table, tables[:1]), *map(render_figure, figures)]
         body += [*map(render_table, tables[1:]), render_runs(section, output)]
     versions = {
-        f"{name} {run.result[name]}"
-        for run in collection.runs
-        for name in ("torch", "lightning", "transformers")
-        if run.result.get(name)
+        plain(f"{name} {version}")
+        for run in collection.readable
+        for name, version in (run.result.get("versions") or {}).items()
     }
     footer = (
         f"Made by hydratron report from {len(collection.runs)} runs. {', '.join(sorted(versions))}"

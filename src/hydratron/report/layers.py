@@ -10,7 +10,7 @@ from hydratron.report.canvas import RC, add_legend, add_title, make_panels, save
 from hydratron.report.curves import Layout, assign_keys
 from hydratron.report.groups import Group, Section
 
-LAYER_NORM = r"^train/grad_norm/layer_(\d+)$"
+LAYER_NORM = r"^train/grad_norm/layer_(\d{1,6})$"
 
 
 def layer_profiles(group: Group) -> dict[int, pd.Series]:

@@ -1,11 +1,11 @@
 """What `hydratron protocol` found: medians of seeds, their ensemble, and test scores."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hydratron.report.files import is_number, plain, read_object
 from hydratron.report.runs import Run
 
 SUMMARY = "protocol.json"
@@ -27,7 +27,7 @@ class ProtocolScores:
 
 def protocol_directory(run: Run) -> Path | None:
     """The directory of the protocol that a run of a grid or of seeds belongs to."""
-    directory = run.path.parents[1]
+    directory = run.path.parent.parent
     return directory if (directory / SUMMARY).is_file() else None
 
 
@@ -45,21 +45,33 @@ def drop_repeated(runs: Sequence[Run]) -> list[Run]:
     ]
 
 
-def find_protocols(runs: Sequence[Run]) -> list[ProtocolScores]:
-    """The finished protocols that `runs` belong to, in their order, each once."""
-    found: dict[Path, ProtocolScores] = {}
-    for run in runs:
-        directory = protocol_directory(run)
-        if directory is None or directory in found:
+def _read_summary(directory: Path) -> tuple[int, dict[str, Any], dict[str, Any]]:
+    """The number of seeds, and the numbers of the median and of the ensemble."""
+    summary = read_object(directory / SUMMARY)
+    ensemble, test = summary.get("ensemble"), summary.get("test_ensemble", {})
+    scores = summary.get("scores")
+    if not isinstance(ensemble, dict) or not isinstance(test, dict) or not isinstance(scores, list):
+        raise ValueError(f"{SUMMARY} is no summary of a finished protocol")
+    median, both = (
+        {k: v for k, v in d.items() if is_number(v)} for d in (summary, ensemble | test)
+    )
+    return len(scores), median, both
+
+
+def read_protocols(runs: Sequence[Run]) -> tuple[list[ProtocolScores], list[tuple[str, str]]]:
+    """The finished protocols that `runs` belong to, in their order, each once; and those that
+    cannot be read, by name, each with the reason.
+    """
+    found, problems = [], []
+    for directory, run in {
+        d: run for run in reversed(runs) if (d := protocol_directory(run))
+    }.items():
+        try:
+            scores = _read_summary(directory)
+        except (OSError, ValueError) as error:
+            problems.append((plain(directory.name), plain(str(error))))
             continue
-        summary = json.loads((directory / SUMMARY).read_text())
         model = run.value("model.path") or run.value("checkpoint") or directory.name
-        found[directory] = ProtocolScores(
-            directory,
-            task=str(run.value("task")),
-            model=Path(str(model)).name,
-            num_seeds=len(summary["scores"]),
-            median=summary,
-            ensemble=summary["ensemble"] | summary.get("test_ensemble", {}),
-        )
-    return list(found.values())
+        name = plain(Path(str(model)).name)
+        found.append(ProtocolScores(directory, str(run.value("task")), name, *scores))
+    return found[::-1], problems

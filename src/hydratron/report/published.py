@@ -7,9 +7,10 @@ Source of every number: "State-of-the-Art Language Modeling Using Megatron on th
 from collections import Counter
 from collections.abc import Callable
 
+from hydratron.report.files import plain
 from hydratron.report.groups import Group, Section, format_number, name_value
-from hydratron.report.protocols import find_protocols, protocol_directory
-from hydratron.report.speed import OURS, section_rows, weak_scaling
+from hydratron.report.protocols import protocol_directory, read_protocols
+from hydratron.report.speed import OURS, format_cell, one_gpu_row, section_rows, weak_scaling
 from hydratron.report.tables import Table
 
 SOURCE = '"State-of-the-Art Language Modeling Using Megatron on the NVIDIA A100 GPU" (NVIDIA, 2020)'
@@ -158,11 +159,11 @@ def _finetuning(section: Section) -> Table:
             ", ".join(name_value(k, v) for k, v in group.values.items() if k != "task") or "median"
         )
         put(rest, task, lambda name, group=group: s.median if (s := group.spread(name)) else None)
-    protocols = [found for found in find_protocols(section.runs) if found.task in TASK_METRICS]
+    protocols = [found for found in read_protocols(section.runs)[0] if found.task in TASK_METRICS]
     models = Counter((found.task, found.model) for found in protocols)
     for found in protocols:
         is_alone = models[found.task, found.model] == 1
-        model = found.model if is_alone else f"{found.model}, {found.directory.name}"
+        model = found.model if is_alone else f"{found.model}, {plain(found.directory.name)}"
         put(f"{model}, median of {found.num_seeds}", found.task, found.median.get)
         put(f"{model}, ensemble of {found.num_seeds}", found.task, found.ensemble.get)
     rows = [list(row) for row in (*FINETUNING, *ENSEMBLES)] + [
@@ -200,22 +201,23 @@ def _weak_scaling(section: Section) -> Table:
         (r for r in ours if r["model"] == "gpt2"), key=lambda r: r["tensor_parallel_size"]
     )
     for row in ours:
-        first = next(r for r in ours if r["precision"] == row["precision"])
-        scaling, mfu = weak_scaling(row, first), row["mfu"]
+        scaling = weak_scaling(row, one_gpu_row(row, ours))
+        shares = (
+            (scaling.flops, scaling.parameters, row["mfu"]) if scaling else (None, None, row["mfu"])
+        )
         rows.append(
             [
                 f"ours: {row['size']} {row['precision']}, {row['device']}",
-                count_parameters(float(row["num_parameters"])),
+                count_parameters(row["num_parameters"]) if row["num_parameters"] else "–",
                 str(row["tensor_parallel_size"]),
-                f"{row['tflops_per_gpu']:.3g}",
-                f"{100 * scaling.flops:.1f}",
-                f"{100 * scaling.parameters:.1f}",
-                "–" if mfu is None else f"{100 * mfu:.1f}",
+                format_cell(row["tflops_per_gpu"], ".3g"),
+                *(format_cell(share, ".1f", factor=100) for share in shares),
             ]
         )
     note = (
         "The seed does not define its weak scaling, and it is not its ratio of TFLOP/s; ours is"
-        " parameters per GPU and second over the first row's, which fits its later tables."
+        " parameters per GPU and second over those of one GPU with the same batch, settings and"
+        " launching, which fits its later tables."
     )
     return Table(
         "Beside the seed's Table 4: weak scaling", columns, rows, notes=[note, f"Source: {SOURCE}"]

@@ -2,19 +2,30 @@
 sweep are missing.
 """
 
-import json
+import contextlib
 import math
+import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
+
+from hydratron.report.files import (
+    is_number,
+    parse_overrides,
+    parse_value,
+    plain,
+    read_lines,
+    read_metrics,
+    read_node,
+    read_result,
+)
 
 STATUSES = ("ok", "failed", "preempted", "running", "missing")
 # The seed is the axis that is summarised, never a group; the others say where a run lives, not what
@@ -31,32 +42,10 @@ COMPUTE_KEYS = (
     "data.num_workers",
     "data.micro_batch_size",
 )
+UNREADABLE = "unreadable"
+# More jobs than anybody starts: a sweep that says so is not written out.
+MOST_JOBS = 100_000
 KEY_ORDER = ("task", "model", "size", "model.num_layers", "layernorm", "optimizer.lr")
-
-
-def parse_value(value: Any) -> Any:
-    """A Hydra override value as a number, bool, None or string (YAML alone would leave 1e-3 a
-    string).
-    """
-    if not isinstance(value, str):
-        return value if value is None or isinstance(value, int | float | bool) else str(value)
-    text = value.strip()
-    if text.lower() in ("null", "true", "false"):
-        return {"null": None, "true": True, "false": False}[text.lower()]
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text.strip("'\"")
-
-
-def parse_overrides(lines: Iterable[str]) -> dict[str, Any]:
-    """Hydra's `key=value` lines as a dict; the `+` of an added key is dropped, a deletion (`~key`)
-    ignored.
-    """
-    pairs = (line.lstrip("+").partition("=") for line in lines if not line.startswith("~"))
-    return {key: parse_value(value) for key, _, value in pairs}
 
 
 def _split_top_level(text: str) -> list[str]:
@@ -88,19 +77,13 @@ def sweep_choices(value: Any) -> list[Any] | None:
     name, arguments = call[1], _split_top_level(call[2])
     if name == "choice":
         return [parse_value(part) for part in arguments]
-    if name == "range":
-        numbers = [parse_value(part.rpartition("=")[2]) for part in arguments]
-        if all(isinstance(number, int | float) for number in numbers):
-            start, stop, step = (0, *numbers, 1)[:3] if len(numbers) == 1 else (*numbers, 1)[:3]
-            return [start + i * step for i in range(max(0, math.ceil((stop - start) / step)))]
+    numbers = [parse_value(part.rpartition("=")[2]) for part in arguments]
+    if name == "range" and all(map(is_number, numbers)):
+        start, stop, step = (0, *numbers, 1)[:3] if len(numbers) == 1 else (*numbers, 1)[:3]
+        count = max(0.0, (stop - start) / step) if step else math.inf
+        if count <= MOST_JOBS:
+            return [start + i * step for i in range(math.ceil(count))]
     return None
-
-
-def _read_yaml(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError):  # not written yet, or cut off by a kill
-        return None
 
 
 @dataclass(frozen=True)
@@ -112,11 +95,17 @@ class Run:
     path: Path
     result: dict[str, Any]
     overrides: dict[str, Any]
+    config: dict[str, Any] = field(default_factory=dict)
+    choices: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return plain(self.path.name)
 
     @property
     def status(self) -> str:
         """ok, failed or preempted as the job wrote it; running when it wrote no result (or was
-        killed).
+        killed); unreadable where its files are not what they should be.
         """
         return str(self.result.get("status", "running"))
 
@@ -127,21 +116,11 @@ class Run:
     @property
     def error(self) -> str:
         """The first line of the error, never empty for a failed run."""
-        lines = str(self.result.get("error") or "no error was recorded").strip().splitlines()
-        return lines[0]
+        return self.result.get("error") or "no error was recorded"
 
     @property
     def seed(self) -> Any:
         return self.value("seed")
-
-    @cached_property
-    def _config(self) -> dict[str, Any]:
-        return _read_yaml(self.path / ".hydra" / "config.yaml") or {}
-
-    @cached_property
-    def _choices(self) -> dict[str, Any]:
-        hydra = (_read_yaml(self.path / ".hydra" / "hydra.yaml") or {}).get("hydra") or {}
-        return (hydra.get("runtime") or {}).get("choices") or {}
 
     def value(self, key: str) -> Any:
         """What `key` was in this run: its override, else the result's, else the configuration's;
@@ -149,13 +128,13 @@ class Run:
         """
         if key in self.overrides:
             return self.overrides[key]
-        if self.result.get(key) is not None:
+        if not isinstance(self.result.get(key), dict | list | None):
             return parse_value(self.result[key])
-        node: Any = self._config
+        node: Any = self.config
         for part in key.split("."):
             node = node.get(part) if isinstance(node, dict) else None
         if node is None or isinstance(node, dict):  # a group: its name is a choice, not a value
-            node = self._choices.get(key)
+            node = self.choices.get(key)
         return parse_value(node)
 
     @cached_property
@@ -171,14 +150,18 @@ class Run:
             return pd.Series(dtype=float)
         return pd.Series(self.metrics[metric]).dropna()
 
+    def measured(self, metric: str) -> float | None:
+        """A number of result.json; None if it has none, or a word."""
+        value = parse_value(self.result.get(metric))
+        return float(value) if is_number(value) else None
+
     def final(self, metric: str) -> float | None:
         """The metric's final value: from result.json, else the last one logged; nan counts as inf;
         None if absent.
         """
         if metric in self.result:
             value = parse_value(self.result[metric])
-            number = float(value) if isinstance(value, int | float) else math.inf
-            return math.inf if math.isnan(number) else number
+            return float(value) if isinstance(value, int | float) else math.inf
         series = self.series(metric)
         return None if series.empty else float(series.iloc[-1])
 
@@ -195,35 +178,16 @@ class Run:
         return (hydra if hydra.exists() else self.path).stat().st_mtime
 
 
-def read_metrics(path: Path) -> pd.DataFrame:
-    """Read a metrics.csv as floats by step, also one that is being written, or was resumed and
-    repeats steps.
-    """
-    text = path.read_text() if path.exists() else ""
-    text = text[: text.rfind("\n") + 1]  # a row without its line end is not all there
-    if not text.strip():
-        return pd.DataFrame()
-    lines = [line.split(",") for line in text.splitlines() if line.strip()]
-    header, *rows = lines
-    frame = pd.DataFrame([row for row in rows if len(row) == len(header)], columns=header)
-    if "step" not in frame:
-        return pd.DataFrame()
-    # An empty cell is a gap and a "nan" is a result: pandas' own reader takes one for the other.
-    frame = frame.replace(to_replace=r"(?i)^[+-]?nan$", value="inf", regex=True)
-    frame = pd.DataFrame({name: pd.to_numeric(frame[name], errors="coerce") for name in frame})
-    known = pd.DataFrame(frame[frame["step"].notna()])
-    return known.astype({"step": int}).groupby("step").last()
-
-
 @dataclass(frozen=True)
 class Sweep:
     """A Hydra multirun directory: the jobs it was to run. `expected` is None where they cannot be
-    counted.
+    counted; `problem` says what is wrong with its multirun.yaml.
     """
 
     path: Path
     expected: int | None
     combinations: list[dict[str, Any]]
+    problem: str = ""
 
     def missing(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
         """The combinations of swept values that no run of this sweep has."""
@@ -237,40 +201,68 @@ class Sweep:
 
 def load_sweep(path: Path) -> Sweep | None:
     """Read `path/multirun.yaml`; None if it is no sweep of its own (one that resumes another)."""
-    hydra = (_read_yaml(path / "multirun.yaml") or {}).get("hydra") or {}
-    overrides = (hydra.get("overrides") or {}).get("task") or []
-    sweeper = hydra.get("sweeper") or {}
-    texts = {str(key): value for key, value in (sweeper.get("params") or {}).items()}
+    file = path / "multirun.yaml"
+    try:
+        sweeper = read_node(file, "hydra", "sweeper")
+        num_trials = parse_value(sweeper.get("n_trials"))
+        params = read_node(file, "hydra", "sweeper", "params")
+        overrides = read_node(file, "hydra", "overrides").get("task") or []
+        if not isinstance(overrides, list) or not all(isinstance(line, str) for line in overrides):
+            raise ValueError(f"{file.name}: overrides.task is not a list of words")
+        if num_trials is not None and not is_number(num_trials, 0):
+            raise ValueError(f"{file.name}: n_trials {num_trials} is not a number")
+    except (OSError, ValueError) as error:
+        return Sweep(path, None, [], problem=plain(str(error)))
+    texts = {str(key): value for key, value in params.items()}
     texts |= {line.partition("=")[0]: line.partition("=")[2] for line in overrides}
-    texts = {key.lstrip("+"): value for key, value in texts.items() if not key.startswith("~")}
+    texts = {plain(k.lstrip("+")): v for k, v in texts.items() if not k.startswith("~")}
     if "resume" in texts:
         return None
-    if sweeper.get("n_trials") is not None:  # a search, not a grid: values are drawn as it goes
-        return Sweep(path, int(sweeper["n_trials"]), [])
+    if num_trials is not None:  # a search, not a grid: values are drawn as it goes
+        return Sweep(path, int(num_trials), [])
     choices = {key: sweep_choices(value) for key, value in texts.items()}
-    if any(values is None for values in choices.values()):
-        return Sweep(path, None, [])
     swept = {key: values for key, values in choices.items() if values and len(values) > 1}
+    expected = math.prod(map(len, swept.values()))
+    if any(values is None for values in choices.values()) or expected > MOST_JOBS:
+        return Sweep(path, None, [])
     combinations = [dict(zip(swept, values, strict=True)) for values in product(*swept.values())]
-    return Sweep(path, len(combinations), combinations)
+    return Sweep(path, expected, combinations)
 
 
 def load_run(path: Path) -> Run:
-    """Read one run directory; a result.json that is no JSON object means failed."""
-    result: Any = {}
-    if (path / "result.json").exists():
+    """Read one run directory; `unreadable`, with the reason as its error, where a file of it is
+    not what it should be.
+    """
+    try:
+        result = read_result(path / "result.json")
+        read_metrics(path / "metrics.csv")
         try:
-            result = json.loads((path / "result.json").read_text())
-        except json.JSONDecodeError as error:
-            result = {"status": "failed", "error": f"result.json is not JSON: {error}"}
-        if not isinstance(result, dict):
-            result = {"status": "failed", "error": "result.json is not an object"}
+            return Run(path, result, _overrides(path, result), *_configuration(path))
+        except ValueError:
+            if result:
+                raise
+            return Run(path, {}, {})  # Hydra is still writing them, or was killed
+    except (OSError, ValueError) as error:
+        problem = {"status": UNREADABLE, "error": plain(str(error))}
+    with contextlib.suppress(OSError, ValueError):
+        return Run(path, problem, _overrides(path, {}))
+    return Run(path, problem, {})
+
+
+def _configuration(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What Hydra composed, and the choices of its groups."""
+    hydra = path / ".hydra"
+    return (
+        read_node(hydra / "config.yaml"),
+        read_node(hydra / "hydra.yaml", "hydra", "runtime", "choices"),
+    )
+
+
+def _overrides(path: Path, result: dict[str, Any]) -> dict[str, Any]:
     written = result.get("overrides")
-    if isinstance(written, dict):
-        overrides = {key.lstrip("+"): parse_value(value) for key, value in written.items()}
-    else:
-        overrides = parse_overrides(_read_yaml(path / ".hydra" / "overrides.yaml") or [])
-    return Run(path, result, overrides)
+    if written is not None:
+        return {plain(key.lstrip("+")): parse_value(value) for key, value in written.items()}
+    return parse_overrides(read_lines(path / ".hydra" / "overrides.yaml"))
 
 
 def _walk(directory: Path) -> Iterator[Path]:
@@ -286,7 +278,11 @@ def _walk(directory: Path) -> Iterator[Path]:
 
 
 def is_run(path: Path) -> bool:
-    """Whether a job has started in `path`."""
+    """Whether a job has started in `path`, or may have: nobody knows where it cannot be looked
+    into.
+    """
+    if not os.access(path, os.R_OK | os.X_OK):
+        return True
     return (path / "result.json").exists() or (path / ".hydra" / "overrides.yaml").exists()
 
 
@@ -296,6 +292,10 @@ class Collection:
 
     runs: list[Run]
     sweeps: list[Sweep]
+
+    @property
+    def readable(self) -> list[Run]:
+        return [run for run in self.runs if run.status != UNREADABLE]
 
     @cached_property
     def missing(self) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Benchmarks: a row for each configuration and its peer, and how throughput scales."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ import pandas as pd
 
 from hydratron.report.groups import Section
 from hydratron.report.runs import Run
-from hydratron.report.tables import Table
+from hydratron.report.tables import Table, save_csv
 
 OURS = "hydratron"
 Row = dict[str, Any]
@@ -59,10 +60,13 @@ def speed_rows(run: Run) -> list[Row]:
     """
     shape = {key: run.value(SETTINGS.get(key, key)) for key in SHAPE}
     shape["num_parameters"] = run.result.get("num_parameters")
+    shape["batch"] = run.result.get("batch")
+    for key in ("tensor_parallel_size", "data_parallel_size"):
+        shape[key] = run.result.get(key) or 1
     peer = run.value("timing.peer") or "peer"
     rows = []
     for prefix, name in (("perf", OURS), ("peer", peer)):
-        found = {key: run.result.get(f"{prefix}/{key}") for key in RATES}
+        found = {key: run.measured(f"{prefix}/{key}") for key in RATES}
         if found["step_ms"] is not None:
             launching = {} if name == OURS else dict.fromkeys(LAUNCHING, False)
             rows.append(shape | launching | {"implementation": name} | found)
@@ -80,7 +84,7 @@ def section_rows(section: Section) -> list[Row]:
 
 def write_rows(section: Section, path: Path) -> None:
     """Write the rows of a section as CSV."""
-    pd.DataFrame(section_rows(section)).to_csv(path, index=False, float_format="%.6g")
+    save_csv(pd.DataFrame(section_rows(section)), path, float_format="%.6g")
 
 
 @dataclass(frozen=True)
@@ -97,8 +101,36 @@ class Scaling:
     time: float
 
 
-def weak_scaling(row: Row, first: Row) -> Scaling:
-    """Return how `row` scales against `first`, where each tensor-parallel GPU has its own share."""
+# What a row has to share with the one-GPU row that it is compared with; the size grows.
+ALIKE = ("model", "layernorm", "precision", "recompute", "seq_len", "dropout")
+
+
+def _alike(row: Row) -> tuple[Any, ...]:
+    """Settings, how kernels are launched, and the batch of a replica."""
+    batch = row["batch"] / row["data_parallel_size"] if row["batch"] else None
+    return (*(row[key] for key in ALIKE), *(bool(row[key]) for key in LAUNCHING), batch)
+
+
+def one_gpu_row(row: Row, rows: Sequence[Row]) -> Row | None:
+    """Return the row of one GPU that `row` scales from: of `rows`, the one alike whose size is
+    nearest to what a GPU of `row` holds. None if there is none.
+    """
+    if not row["num_parameters"]:
+        return None
+    share = row["num_parameters"] / row["tensor_parallel_size"]
+    alike = [r for r in rows if r["num_parameters"] and _alike(r) == _alike(row)]
+    alike = [r for r in alike if _num_gpus(r) == 1]
+    return min(alike, key=lambda r: abs(math.log(r["num_parameters"] / share)), default=None)
+
+
+def weak_scaling(row: Row, first: Row | None) -> Scaling | None:
+    """Return how `row` scales against `first`, where each tensor-parallel GPU has its own share.
+
+    None where there is no such row, or a figure of either is missing.
+    """
+    needed = ("num_parameters", "tflops_per_gpu", "step_ms")
+    if first is None or not all(r[key] and r[key] > 0 for r in (row, first) for key in needed):
+        return None
 
     def parameters_per_second(r: Row) -> float:
         return r["num_parameters"] / r["tensor_parallel_size"] / r["step_ms"]
@@ -110,13 +142,14 @@ def weak_scaling(row: Row, first: Row) -> Scaling:
     )
 
 
-def _number(value: float | None, form: str, *, factor: float = 1.0) -> str:
+def format_cell(value: float | None, form: str, *, factor: float = 1.0) -> str:
+    """A number in Python's `form`, times `factor`; a dash for None."""
     return "–" if value is None else format(factor * value, form)
 
 
 def _name(row: Row) -> str:
     name = f"{row['model']} {row['size']} {row['layernorm']}, {row['precision']}"
-    if row["recompute"] != "none":
+    if row["recompute"] not in (None, "none"):
         name += f", recompute {row['recompute']}"
     name += _launching(row)
     return name if row["implementation"] == OURS else f"{row['implementation']}: {name}"
@@ -144,14 +177,14 @@ def _steps(rows: Sequence[Row]) -> Table:
             _name(row),
             _grid(row),
             f"{row['batch']} x {row['seq_len']}",
-            _number(row["step_ms"], ".2f"),
-            f"{row['step_ms_low']:.2f} – {row['step_ms_high']:.2f}",
-            _number(row["sequences_per_second"], ".1f"),
-            _number(row["tflops_per_gpu"], ".4g"),
-            _number(row["tflops_per_gpu_with_recomputation"], ".4g"),
-            _number(row["mfu"], ".1f", factor=100),
-            _number(row["peak_memory_gib"], ".1f"),
-            _number(row["lightning_overhead"], ".1f", factor=100),
+            format_cell(row["step_ms"], ".2f"),
+            f"{format_cell(row['step_ms_low'], '.2f')} – {format_cell(row['step_ms_high'], '.2f')}",
+            format_cell(row["sequences_per_second"], ".1f"),
+            format_cell(row["tflops_per_gpu"], ".4g"),
+            format_cell(row["tflops_per_gpu_with_recomputation"], ".4g"),
+            format_cell(row["mfu"], ".1f", factor=100),
+            format_cell(row["peak_memory_gib"], ".1f"),
+            format_cell(row["lightning_overhead"], ".1f", factor=100),
         ]
         for row in rows
     ]
@@ -166,7 +199,7 @@ def _steps(rows: Sequence[Row]) -> Table:
 def _breakdown(rows: Sequence[Row]) -> list[Table]:
     names = [f"breakdown/{kind}_ms" for kind in BREAKDOWN]
     cells = [
-        [_name(row), str(row["tensor_parallel_size"]), *(_number(row[n], ".1f") for n in names)]
+        [_name(row), str(row["tensor_parallel_size"]), *(format_cell(row[n], ".1f") for n in names)]
         for row in rows
         if any(row[name] is not None for name in names)
     ]
@@ -179,21 +212,22 @@ def _num_gpus(row: Row) -> int:
 
 
 def _scaling(rows: Sequence[Row]) -> list[Table]:
-    alike: dict[tuple[str, str], list[Row]] = {}
+    ours: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         if row["implementation"] == OURS:
-            alike.setdefault((row["model"], row["precision"]), []).append(row)
+            ours.setdefault((row["model"], row["precision"]), []).append(row)
+    columns = ["size", "TP x DP", "by TFLOP/s (%)", "by parameters (%)", "by step time (%)"]
+    note = "Against one GPU at the same batch of a replica, settings and launching; –: not run"
     tables = []
-    for (model, precision), part in alike.items():
-        first = min(part, key=_num_gpus)
-        if _num_gpus(first) > 1 or max(map(_num_gpus, part)) == 1:
+    for (model, precision), part in ours.items():
+        found = [weak_scaling(row, one_gpu_row(row, part)) for row in part]
+        if min(map(_num_gpus, part)) > 1 or max(map(_num_gpus, part)) == 1:
             continue
         cells = []
-        for row in part:
-            scaling = weak_scaling(row, first)
-            shares = (scaling.flops, scaling.parameters, scaling.time)
+        for row, scaling in zip(part, found, strict=True):
+            shares = (scaling.flops, scaling.parameters, scaling.time) if scaling else [None] * 3
             name = f"{row['size']}{_launching(row)}"
-            cells.append([name, _grid(row), *(f"{100 * share:.1f}" for share in shares)])
-        columns = ["size", "TP x DP", "by TFLOP/s (%)", "by parameters (%)", "by step time (%)"]
-        tables.append(Table(f"benchmark: weak scaling, {model} {precision}", columns, cells))
+            cells.append([name, _grid(row), *(format_cell(s, ".1f", factor=100) for s in shares)])
+        title = f"benchmark: weak scaling, {model} {precision}"
+        tables.append(Table(title, columns, cells, notes=[note]))
     return tables

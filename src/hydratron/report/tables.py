@@ -3,16 +3,20 @@ numbers.
 """
 
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table as RichTable
+from rich.text import Text
 
+from hydratron.report.files import parse_value, plain
 from hydratron.report.groups import Group, Section, Spread, format_number, name_key
-from hydratron.report.runs import Collection, Run
+from hydratron.report.protocols import read_protocols
+from hydratron.report.runs import UNREADABLE, Collection, Run
 
 METRIC_NAMES = {
     "val/loss": "held-out loss (nats)",
@@ -23,7 +27,7 @@ METRIC_NAMES = {
 }
 DIVERGED_NOTE = (
     "Diverged: the final loss is not finite (it then counts as infinite in the median), "
-    "or above the unigram entropy"
+    "or at or above the unigram entropy"
 )
 
 
@@ -71,14 +75,14 @@ def _notes(section: Section, shows_diverged: bool) -> list[str]:
             f"unigram entropy of the held-out text: {said} nats. "
             "A model at or above this has learnt nothing but how frequent each token is"
         )
-    if any(section.best(metric) for metric in section.main_metrics):
-        close = [m for m in section.main_metrics if section.is_close(m)]
-        overlap = (
-            f"; ranges overlap in {', '.join(map(name_metric, close))}: no clear winner"
-            if close
-            else ""
-        )
-        notes.append(f"* best median{overlap}")
+    of_one_seed = any(map(section.has_one_seed, section.main_metrics))
+    if any(map(section.best, section.main_metrics)):
+        note = "* best median"
+        if close := [m for m in section.main_metrics if section.is_close(m)]:
+            note += f"; ranges overlap in {', '.join(map(name_metric, close))}: no clear winner"
+        notes.append(note + "; one seed has no range" * of_one_seed)
+    elif of_one_seed:
+        notes.append("no best is marked: one seed has no range")
     if shows_diverged:
         notes.append(DIVERGED_NOTE)
     return notes
@@ -144,7 +148,12 @@ def runs_frame(collection: Collection) -> pd.DataFrame:
     for run in collection.runs:
         overrides = " ".join(f"{key}={value}" for key, value in run.overrides.items())
         rows.append(
-            {"path": str(run.path), "status": run.status, **run.result, "overrides": overrides}
+            {
+                "path": plain(str(run.path)),
+                "status": run.status,
+                **run.result,
+                "overrides": overrides,
+            }
         )
     return pd.DataFrame(rows)
 
@@ -159,12 +168,15 @@ def describe_run(run: Run, keys: list[str]) -> str:
 
 def problem_lines(collection: Collection, sections: list[Section]) -> list[str]:
     """A line for each job that is not ok: failed with its error, preempted, running or killed,
-    missing.
+    missing, and for what cannot be read.
     """
-    lines = []
+    unreadable = [(run.name, run.error) for run in collection.runs if run.status == UNREADABLE]
+    unreadable += [(plain(s.path.name), s.problem) for s in collection.sweeps if s.problem]
+    unreadable += read_protocols(collection.readable)[1]
+    lines = [f"unreadable: {name}: {problem}" for name, problem in unreadable]
     for section in sections:
         for run in section.runs:
-            where = f"{run.path.name} ({describe_run(run, section.keys)})"
+            where = f"{run.name} ({describe_run(run, section.keys)})"
             if run.status == "failed":
                 lines.append(f"failed: {where}: {run.error}")
             elif run.status != "ok":
@@ -175,19 +187,28 @@ def problem_lines(collection: Collection, sections: list[Section]) -> list[str]:
     return lines
 
 
+def markdown(text: str) -> str:
+    """`text` as Markdown that says it: no cell, link, image or HTML begins in it."""
+    return re.sub(r"[\\`<|\[]", r"\\\g<0>", text)
+
+
 def render_markdown(table: Table) -> str:
     """The table as GitHub Markdown, its best cells bold, its notes below."""
 
     def line(cells: list[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        return "| " + " | ".join(cells) + " |"
 
     rows = [
-        [f"**{cell}**" if (i, j) in table.best else cell for j, cell in enumerate(row)]
+        [
+            f"**{cell}**" if (i, j) in table.best else cell
+            for j, cell in enumerate(map(markdown, row))
+        ]
         for i, row in enumerate(table.rows)
     ]
-    head = [f"**{table.title}**", "", line(table.columns), "|" + " --- |" * len(table.columns)]
+    columns = line([markdown(column) for column in table.columns])
+    head = [f"**{markdown(table.title)}**", "", columns, "|" + " --- |" * len(table.columns)]
     notes = [
-        note.replace("* best", "Bold: best") if note.startswith("*") else note
+        note.replace("* best", "Bold: best") if note.startswith("*") else markdown(note)
         for note in table.notes
     ]
     return "\n".join([*head, *map(line, rows), *(f"\n{note}" for note in notes)]) + "\n"
@@ -195,21 +216,36 @@ def render_markdown(table: Table) -> str:
 
 def print_table(table: Table, console: Console) -> None:
     """The table on a terminal; best cells are bold and carry a star, which a log file keeps."""
-    rich = RichTable(title=escape(table.title), title_justify="left", title_style="bold")
+    rich = RichTable(title=Text(table.title), title_justify="left", title_style="bold")
     for j, column in enumerate(table.columns):
         numeric = all(row[j][:1] in "0123456789-–i" for row in table.rows)
-        rich.add_column(escape(column), justify="right" if numeric else "left")
+        rich.add_column(Text(column), justify="right" if numeric else "left")
     for i, row in enumerate(table.rows):
-        cells = [escape(cell) for cell in row]
-        rich.add_row(
-            *(f"[bold]{c} *[/bold]" if (i, j) in table.best else c for j, c in enumerate(cells))
-        )
+        marked = [(i, j) in table.best for j in range(len(row))]
+        cells = zip(row, marked, strict=True)
+        rich.add_row(*(Text(f"{c} *", style="bold") if best else Text(c) for c, best in cells))
     console.print(rich)
     for note in table.notes:
-        console.print(escape(note), highlight=False)
+        console.print(Text(note))
 
 
 def write_csv(sections: list[Section], path: Path) -> None:
     """All sections' summaries in one file, unrounded."""
-    frames = [summary_frame(section) for section in sections]
-    pd.concat(frames, ignore_index=True).to_csv(path, index=False)
+    frames = [pd.DataFrame(), *map(summary_frame, sections)]
+    save_csv(pd.concat(frames, ignore_index=True), path)
+
+
+def save_csv(frame: pd.DataFrame, path: Path, **options: Any) -> None:
+    """Write a CSV of which a spreadsheet runs no cell: a text that it would take for a formula
+    begins with an apostrophe.
+    """
+    inert = frame.map(_inert).rename(columns=_inert)
+    inert.to_csv(path, index=False, encoding="utf-8", **options)
+
+
+def _inert(cell: Any) -> Any:
+    if not isinstance(cell, str):
+        return cell
+    text = plain(cell)
+    is_formula = text[:1] in ("=", "+", "-", "@") and isinstance(parse_value(text), str)
+    return f"'{text}" if is_formula else text

@@ -39,12 +39,13 @@ def remaining_seconds(collection: Collection, now: float) -> float | None:
 def progress_line(collection: Collection, now: float) -> str:
     """`5 of 8 ended: 4 ok, 1 failed, 2 running, 1 to come; expected end 14:32 (in 3 min)`."""
     counts = collection.counts
-    ended = counts["ok"] + counts["failed"] + counts["preempted"]
+    ended = collection.num_expected - counts["running"] - counts["missing"]
     line = (
         f"{ended} of {collection.num_expected} ended: {counts['ok']} ok, {counts['failed']} failed"
     )
-    if counts["preempted"]:
-        line += f", {counts['preempted']} preempted"
+    for status, count in counts.items():
+        if count and status not in ("ok", "failed", "running", "missing"):
+            line += f", {count} {status}"
     line += f", {counts['running']} running, {counts['missing']} to come"
     seconds = remaining_seconds(collection, now)
     if seconds is not None:

@@ -8,7 +8,7 @@ import signal
 import statistics
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ import torch.distributed as dist
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint
 
-from hydratron.checkpoint.sharded import NAME_PREFIX, remove_checkpoint
+from hydratron.checkpoint.manifest import NAME_PREFIX, step_directories
+from hydratron.checkpoint.runs import differences
+from hydratron.checkpoint.sharded import remove_checkpoint
 from hydratron.perf.flops import train_flops
 from hydratron.perf.hardware import GIB
 from hydratron.training.module import TrainingModule
@@ -37,10 +39,21 @@ class StepCheckpoint(Checkpoint):
 
     A step is saved when the next one begins, after its validation, so that a resumed run repeats
     nothing and omits nothing. `last` links to the newest.
+
+    Args:
+        directory: of the checkpoints.
+        every: optimizer steps between them; 0 saves at the end alone.
+        run: what each checkpoint's manifest says of the run: `settings` by dotted key, `identity`
+            of its data, and `samples` and `tokens` that one step consumes.
     """
 
-    def __init__(self, directory: Path, *, every: int) -> None:
+    def __init__(
+        self, directory: Path, *, every: int, run: Mapping[str, Any] | None = None
+    ) -> None:
         self.directory, self.every = directory, every
+        self.run = dict(run or {})
+        # of a resumed run: at which step which setting went from what to what
+        self.changes: list[dict[str, Any]] = []
         self.last_saved = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -48,6 +61,28 @@ class StepCheckpoint(Checkpoint):
         if trainer.is_global_zero:
             for path in self.directory.glob(f"{NAME_PREFIX}*.tmp"):  # a killed save or removal
                 shutil.rmtree(path)
+            if self.last_saved:  # killed between a checkpoint and its link
+                self._link_and_prune(trainer, self.directory / f"{NAME_PREFIX}{self.last_saved}")
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Describe the run, with what it has consumed."""
+        consumed = {k: trainer.global_step * self.run.get(k, 0) for k in ("samples", "tokens")}
+        step = {"step": trainer.global_step, "changes": self.changes}
+        checkpoint["run"] = self.run | consumed | step
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Note which settings are not those of the checkpoint."""
+        stored = checkpoint.get("run") or {}
+        self.changes = list(stored.get("changes", []))
+        if "settings" in stored:
+            changed = differences(stored["settings"], self.run.get("settings", {}))
+            values = {key: list(pair) for key, pair in changed.items()}
+            if values:
+                self.changes.append({"step": checkpoint["global_step"]} | values)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -86,11 +121,7 @@ class StepCheckpoint(Checkpoint):
             link.unlink(missing_ok=True)
             link.symlink_to(newest.name)
             os.replace(link, self.directory / "last")
-            steps = sorted(
-                (p for p in self.directory.glob(f"{NAME_PREFIX}*") if p.suffix != ".tmp"),
-                key=lambda p: int(p.name.removeprefix(NAME_PREFIX)),
-            )
-            for old in steps[:-NUM_KEPT]:
+            for old in step_directories(self.directory)[NUM_KEPT:]:
                 remove_checkpoint(old)
 
 
@@ -232,6 +263,12 @@ def _is_validation_due(trainer: Trainer) -> bool:
     if trainer.check_val_every_n_epoch is not None:
         return loop.batch_progress.is_last_batch
     return isinstance(every, int) and (loop.total_batch_idx + 1) % every == 0
+
+
+def setting_changes(trainer: Trainer) -> list[dict[str, Any]]:
+    """Return at which step of the run which settings changed: {"step": n, key: [before, after]}."""
+    callbacks: list[Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+    return next((c.changes for c in callbacks if isinstance(c, StepCheckpoint)), [])
 
 
 def stopped_by(trainer: Trainer) -> str:

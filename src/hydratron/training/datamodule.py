@@ -13,6 +13,7 @@ from hydratron.data.bert import BertSamples, BertSampleSettings
 from hydratron.data.blend import BlendedSamples, BlendIndex
 from hydratron.data.config import DataConfig
 from hydratron.data.gpt2 import Gpt2Samples
+from hydratron.data.identity import corpus_identity, tokenizer_identity
 from hydratron.data.indexed import IndexedCorpus, split_by_document
 from hydratron.data.manifest import MANIFEST, TOKENIZER, Manifest
 from hydratron.data.sampler import ConsumedSamplesSampler, ShardedValidationSampler, collate
@@ -45,8 +46,8 @@ class PretrainingData(LightningDataModule):
             raise ValueError(
                 f"data.seq_len {config.seq_len} exceeds the model's max_seq_len {model.max_seq_len}"
             )
-        weights, self.tokenizer = self._open_corpus()
-        self.corpora = [IndexedCorpus(prefix) for prefix in weights]
+        self.weights, self.tokenizer = self._open_corpus()
+        self.corpora = [IndexedCorpus(prefix) for prefix in self.weights]
         for corpus in self.corpora:
             first = corpus.tokens(0, min(corpus.num_tokens, 2_000_000))
             corpus.check_tokens(first, len(self.tokenizer))
@@ -56,7 +57,7 @@ class PretrainingData(LightningDataModule):
             for corpus in self.corpora
         ]
         cache_dir = Path(config.cache_dir).expanduser()
-        index = BlendIndex(list(weights.values()), cache_dir)
+        index = BlendIndex(list(self.weights.values()), cache_dir)
         self.train_samples = BlendedSamples(
             [self._samples(c, train, seed) for c, (train, _) in self._parts()], index
         )
@@ -131,6 +132,13 @@ class PretrainingData(LightningDataModule):
             max_ngram=self.config.max_ngram,
             short_sample_fraction=self.config.short_sample_fraction,
         )
+
+    def identity(self) -> dict[str, list[str]]:
+        """Return hash and description of the corpus and of the tokenizer."""
+        return {
+            "corpus": list(corpus_identity(self.weights)),
+            "tokenizer": list(tokenizer_identity(self.tokenizer)),
+        }
 
     @property
     def num_predictions(self) -> int:

@@ -3,7 +3,7 @@ counts once.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,14 @@ from pytorch_lightning.plugins.environments import ClusterEnvironment
 from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from hydratron.checkpoint.sharded import load_loop_state, newest_checkpoint
+from hydratron.checkpoint.manifest import step_directories
 from hydratron.checkpoint.source import Checkpoint
 from hydratron.models.bert import BertEncoder
 from hydratron.models.config import ModelConfig
 from hydratron.models.heads import seed_dropout
 from hydratron.models.initialisation import initialize_parameters
 from hydratron.parallel.mesh import ParallelMesh
-from hydratron.training.callbacks import LoggedInterval, stopped_by
+from hydratron.training.callbacks import LoggedInterval, setting_changes, stopped_by
 from hydratron.training.config import ParallelConfig, TrainerConfig
 from hydratron.training.metrics import MetricsFile
 from hydratron.training.module import TrainingModule
@@ -303,6 +303,16 @@ class FinetuneJob:
     source: Any
     data: TaskData
     seed: int
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a checkpoint says of the run: settings, data, what a step consumes."""
+        return {
+            "command": "finetune",
+            "settings": self.settings,
+            "identity": self.data.identity(),
+            "samples": self.data.config.global_batch_size,
+        }
 
     def __post_init__(self) -> None:
         self.trainer.check_float32_weights("finetune")
@@ -314,7 +324,7 @@ def finetune(
     """Train to the end or go on with `run_dir`; return the metrics and how it ended."""
     task, directory = job.data.task, run_dir / CHECKPOINTS
     objective = Finetuning(job.source, job.data, output=run_dir / OUTPUT)
-    metrics_file, rate = MetricsFile(run_dir), ExampleRate()
+    rate = ExampleRate()
     callbacks: list[Callback] = [rate]
     if task.patience is not None:
         callbacks.append(StopWhenWorse(objective, patience=task.patience, directory=directory))
@@ -322,7 +332,8 @@ def finetune(
         job.trainer,
         job.parallel,
         run_dir=run_dir,
-        loggers=[metrics_file, *loggers],
+        loggers=[MetricsFile(run_dir), *loggers],
+        run=job.describe(),
         environment=environment,
         callbacks=callbacks,
     )
@@ -343,10 +354,8 @@ def finetune(
         and isinstance(job.source, PretrainedBert)
         and job.parallel.world_size == 1,
     )
-    checkpoint = newest_checkpoint(directory)
-    if checkpoint is not None:
-        metrics_file.continue_after(load_loop_state(checkpoint)["global_step"])
-    trainer.fit(module, datamodule=job.data, ckpt_path=checkpoint)
+    steps = step_directories(directory)
+    trainer.fit(module, datamodule=job.data, ckpt_path=steps[0] if steps else None)
     if reason := stopped_by(trainer):
         stopped = {"status": "preempted", "stopped_by": reason, "steps": trainer.global_step}
         return stopped | module.last_metrics
@@ -358,6 +367,7 @@ def finetune(
             "steps": trainer.global_step,
             "best_step": objective.best_step,
             "selection_metric": main_metric(task, metrics),
+            "changes": setting_changes(trainer),
         }
         | metrics
         | ({"perf/examples_per_second": rate.mean} if rate.mean else {})

@@ -21,10 +21,12 @@ from hydratron.parallel.grad_norm import (
 from hydratron.parallel.mappings import all_reduce
 from hydratron.parallel.mesh import ParallelMesh
 from hydratron.parallel.placement import reduce_partial_gradients
+from hydratron.training.metrics import MetricsFile
 from hydratron.training.optimisation import (
     OptimizerConfig,
     build_optimizer,
     clip_gradients,
+    restart_schedule,
     skip_if_not_finite,
 )
 from hydratron.training.step_graphs import StepGraphs
@@ -172,7 +174,23 @@ class TrainingModule(LightningModule):
         parts = zip(*(x.split(self.micro_batch_size) for x in batch.values()), strict=True)
         return [dict(zip(batch, part, strict=True)) for part in parts]
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save as if between two steps: Lightning has counted the next batch as ready already, and
+        a run that goes on from there would validate a step early.
+        """
+        for counts in checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"].values():
+            if isinstance(counts, dict):
+                counts["ready"] = counts["completed"]
+
     def on_train_start(self) -> None:
+        for logger in self.loggers:
+            if isinstance(logger, MetricsFile) and self.trainer.global_step:
+                logger.continue_after(self.trainer.global_step)
+        restart_schedule(
+            self.optimizers().optimizer,  # pyright: ignore
+            self.lr_schedulers(),  # pyright: ignore
+            lr=self.optimizer_config.lr,
+        )
         # DDP's buckets are launched from hooks, and a loss scaler asks the device for its overflow
         is_one_replica = self.strategy.root_device.type == "cuda" and self.mesh.dp_group is None
         if self.cuda_graphs and is_one_replica and self._scaler is None:

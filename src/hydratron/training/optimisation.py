@@ -137,6 +137,16 @@ def build_optimizer(
     return optimizer, LambdaLR(optimizer, learning_rate_factor(config, max_steps=max_steps))
 
 
+def restart_schedule(optimizer: torch.optim.Optimizer, schedule: LambdaLR, *, lr: float) -> None:
+    """Set the learning rate of the next step from the schedule and `lr` of now.
+
+    A checkpoint holds the rate that its own settings gave the step: 0 at the end of a run.
+    """
+    schedule.base_lrs = [lr for _ in optimizer.param_groups]
+    for group, factor in zip(optimizer.param_groups, schedule.lr_lambdas, strict=True):
+        group["initial_lr"], group["lr"] = lr, lr * factor(schedule.last_epoch)
+
+
 def clip_gradients(
     network: nn.Module,
     optimizer: torch.optim.Optimizer,

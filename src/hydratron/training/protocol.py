@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hydratron.checkpoint.runs import is_grid
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -58,16 +60,6 @@ def summarize(runs: Sequence[Scored]) -> dict[str, Any]:
         "scores": [run.score for run in runs],
         "median_run": str(median(runs).path),
     } | {key: statistics.median(run.result[key] for run in runs) for key in keys}
-
-
-def is_grid(value: str) -> bool:
-    """Whether Hydra would sweep over this value: a comma outside of any bracket, or a function."""
-    depth = 0
-    for character in value:
-        depth += (character in "[{(") - (character in "]})")
-        if character == "," and depth == 0:
-            return True
-    return value.startswith(("choice(", "range(", "glob("))
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hydratron.checkpoint import sharded
+from hydratron.checkpoint.manifest import (
+    CheckpointError,
+    DamagedCheckpointError,
+    report_damage,
+    step_directories,
+)
 from hydratron.parallel.grad_scaler import SharedGradScaler
 from hydratron.parallel.mesh import ParallelMesh, build_mesh
 
@@ -245,7 +251,8 @@ class TensorParallelStrategy(ParallelStrategy):
             network=self.network,
             optimizers=self.optimizers,
             mesh=self.mesh,
-            loop_state=checkpoint,
+            loop_state={key: value for key, value in checkpoint.items() if key != "run"},
+            run=checkpoint.get("run"),
             background=background if self.save_in_background else None,
         )
 
@@ -263,15 +270,29 @@ class TensorParallelStrategy(ParallelStrategy):
     def load_checkpoint(
         self, checkpoint_path: Any, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Fill network and optimizer in place from any layout; return the loops' state."""
+        """Fill network and optimizer in place from any layout; return the loops' state.
+
+        Where the checkpoint is damaged, the newest undamaged one before it is taken.
+
+        Raises:
+            CheckpointError: there is none, or it is of another model.
+        """
         assert self.lightning_module is not None
         fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
-        return sharded.load_checkpoint(
-            Path(checkpoint_path),
-            network=self.network,
-            optimizers=self.optimizers if fitting else [],
-            mesh=self.mesh,
-        )
+        path = Path(checkpoint_path)
+        steps = step_directories(path.parent)
+        for candidate in steps[steps.index(path) :] if path in steps else [path]:
+            try:
+                return sharded.load_checkpoint(
+                    candidate,
+                    network=self.network,
+                    optimizers=self.optimizers if fitting else [],
+                    mesh=self.mesh,
+                )
+            except DamagedCheckpointError as error:
+                if self.is_global_zero:
+                    report_damage(error)
+        raise CheckpointError(f"{path.parent} holds no undamaged checkpoint")
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Nothing: `load_checkpoint` did it in place."""

@@ -103,7 +103,17 @@ class TaskData(LightningDataModule):
                 f"task.max_seq_len {task.max_seq_len} is cut to the {max_positions} positions that"
                 " the model has"
             )
+        self.keys: dict[str, str] = {}  # of each split: names rows, tokenizer and encoding
         self.splits = {group: self._read(group) for group in groups}
+
+    def identity(self) -> dict[str, list[str]]:
+        """Return hash and description of what is trained on and of what decides the best step."""
+        return {
+            name: [key[:16], f"{len(split.encodings)} rows ({key[:8]})"]
+            for group in ("train", "validation")
+            for split in self.splits.get(group, [])
+            for name, key in [(split.name, self.keys[split.name])]
+        }
 
     def _read(self, group: str) -> list[Split]:
         cache = Path(self.config.cache_dir).expanduser() / "tasks"
@@ -112,6 +122,7 @@ class TaskData(LightningDataModule):
         splits = []
         for name, rows in self.task.read(group).items():
             key = cache_key(rows, self.tokenizer, settings)
+            self.keys[name] = key
             splits.append(Split(name, rows, encode_cached(rows, encode, cache, key)))
         return splits
 

@@ -1,8 +1,9 @@
 """From a few plain settings to a Lightning Trainer on the tensor-parallel strategy."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.callbacks import RichProgressBar
@@ -24,14 +25,15 @@ def build_trainer(
     loggers: Sequence[Logger],
     environment: ClusterEnvironment,
     callbacks: Sequence[Callback] = (),
+    run: Mapping[str, Any] | None = None,
     steps_only: bool = False,
 ) -> Trainer:
     """Return a Trainer whose processes exist already (`environment` knows them).
 
-    With `steps_only` it neither validates nor saves.
+    `run` describes the run in its checkpoints. With `steps_only` it neither validates nor saves.
     """
     is_terminal = sys.stdout.isatty()
-    saving = [StepCheckpoint(run_dir / CHECKPOINTS, every=config.checkpoint_every)]
+    saving = [StepCheckpoint(run_dir / CHECKPOINTS, every=config.checkpoint_every, run=run)]
     return Trainer(
         accelerator=config.accelerator,
         devices=config.local_devices(parallel.world_size),

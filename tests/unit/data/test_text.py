@@ -1,3 +1,4 @@
+import errno
 import gzip
 import itertools
 import multiprocessing
@@ -109,7 +110,8 @@ def test_a_folder_is_read_in_order_with_its_compressed_files(tmp_path: Path) -> 
     (tmp_path / "b" / "two.txt.gz").write_bytes(gzip.compress(b"zwei\r\n"))
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfeins")
     (tmp_path / "ignored.md").write_text("no")
-    found = [(file.name, content) for file, content in read_text_folder(tmp_path)]
+    with pytest.warns(UserWarning, match=r"2 files are read, left out: .*ignored\.md$"):
+        found = [(file.name, content) for file, content in read_text_folder(tmp_path)]
     assert found == [("a.txt", "eins"), ("two.txt.gz", "zwei\n")]
     assert [content for _, content in read_text_folder(tmp_path / "a.txt")] == ["eins"]
 
@@ -117,13 +119,13 @@ def test_a_folder_is_read_in_order_with_its_compressed_files(tmp_path: Path) -> 
 def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"absent: no such file or folder"):
         read_text_folder(tmp_path / "absent")
-    with pytest.raises(ValueError, match=r"no \*\.txt"):
+    with pytest.raises(ValueError, match=r"no file ending in \.txt"):
         read_text_folder(tmp_path)
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1") + b"...")
     with pytest.raises(ValueError, match=r"latin\.txt: not UTF-8 at byte 3"):
         list(read_text_folder(tmp_path))
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"text")[:-6])
-    with pytest.raises(ValueError, match=r"a\.txt\.gz: not a complete gzip file"):
+    with pytest.raises(ValueError, match=r"a\.txt\.gz: broken after byte 4 .* truncated"):
         list(read_text_folder(tmp_path))
 
 
@@ -211,11 +213,46 @@ def test_the_slower_of_two_builders_gives_way(folder: Path, tmp_path: Path, monk
     assert len(list(cache.iterdir())) == 1
 
 
-def test_a_failed_preparation_leaves_nothing_behind(folder: Path, tmp_path: Path) -> None:
-    (folder / "b.txt").write_text("")
-    (folder / "a.txt").write_text("\n\n")
-    with pytest.raises(ValueError, match="at least one document"):
-        prepare(folder, tmp_path / "cache", tokenizer="bpe", vocab_size=300)
+@pytest.mark.parametrize(
+    ("tokenizer", "content"),
+    [
+        *itertools.product(["bpe", "wordpiece", "character", "vocabulary"], [b"", b"\n\n"]),
+        *itertools.product(["wordpiece", "vocabulary"], [b"\0" * 4096]),  # which BERT leaves out
+    ],
+)
+def test_a_text_without_a_token_is_named_and_leaves_nothing_behind(
+    tmp_path: Path, tokenizer: str, content: bytes
+) -> None:
+    if tokenizer == "vocabulary":
+        (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\n")
+        tokenizer = str(tmp_path)
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(ValueError, match="a.txt: no document is left of it") as raised:
+        prepare(tmp_path / "a.txt", tmp_path / "cache", tokenizer=tokenizer, vocab_size=300)
+    assert "cache" not in str(raised.value)
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_cache_that_cannot_be_written_to_is_named(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for cache in (Path("/proc/nope"), folder / "a.txt/cache"):
+        with pytest.raises(ValueError, match=f"data.cache_dir {cache}: cannot be made: N"):
+            prepare(folder, cache)
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(ValueError, match=r"data\.cache_dir .*: cannot be written to"):
+        prepare(folder, tmp_path / "cache")
+
+
+def test_a_full_disk_is_named(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(text.IndexedWriter, "add_document", fail)
+    with pytest.raises(OSError, match="No space left on device: '.*cache.*tmp'"):
+        prepare(folder, tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
+from transformers import BertTokenizerFast
 
 from hydratron.data.tokenizer import (
     TOKENIZER_KINDS,
@@ -218,3 +219,91 @@ def test_a_tokenizer_json_alone_finds_its_special_tokens(tmp_path: Path) -> None
     trained = train_tokenizer("wordpiece", [TEXT], vocab_size=300)
     Tokenizer.from_str(trained.backend_tokenizer.to_str()).save(str(tmp_path / "tokenizer.json"))
     assert special_tokens(load_tokenizer(str(tmp_path))) == special_tokens(trained)
+
+
+BERT = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    "the",
+    "cat",
+    "für",
+    "fur",
+    "東",
+    "京",
+    "東京",
+]
+
+
+@pytest.mark.parametrize(
+    "name", ["BertTokenizer", "BertTokenizerFast", "DistilBertTokenizer", None]
+)
+@pytest.mark.parametrize(
+    ("config", "added"),
+    [
+        ({"do_lower_case": False}, []),
+        ({"strip_accents": False}, []),
+        ({"tokenize_chinese_chars": False}, []),
+        ({"do_lower_case": True}, ["covid19"]),
+        ({"do_lower_case": True}, ["Capital"]),
+    ],
+)
+def test_a_configuration_beside_a_vocabulary_is_read_as_transformers_reads_it(
+    tmp_path: Path, name: str | None, config: dict, added: list[str]
+) -> None:
+    (tmp_path / "vocab.txt").write_text("\n".join(BERT) + "\n")
+    named = {"tokenizer_class": name} if name else {}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | named))
+    entries = {token: len(BERT) + i for i, token in enumerate(added)}
+    (tmp_path / "added_tokens.json").write_text(json.dumps(entries))
+    loaded = load_tokenizer(str(tmp_path))
+    text = "The cat für 東京 covid19 Capital the"
+    assert ids(loaded, text) == ids(BertTokenizerFast.from_pretrained(str(tmp_path)), text)
+    loaded.save_pretrained(tmp_path / "saved")
+    assert tokenizer_hash(load_tokenizer(str(tmp_path / "saved"))) == tokenizer_hash(loaded)
+
+
+def test_a_gpt2_configuration_is_read_too(tmp_path: Path) -> None:
+    state = json.loads(train_tokenizer("bpe", [TEXT], vocab_size=300).backend_tokenizer.to_str())
+    (tmp_path / "vocab.json").write_text(json.dumps(state["model"]["vocab"]))
+    merges = [" ".join(pair) for pair in state["model"]["merges"]]
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    bare = load_tokenizer(str(tmp_path))
+    (tmp_path / "tokenizer_config.json").write_text('{"add_prefix_space": true}')
+    assert ids(load_tokenizer(str(tmp_path)), "tent") == ids(bare, " tent") != ids(bare, "tent")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("{", "tokenizer_config.json: not JSON"),
+        ("[]", "tokenizer_config.json: not a JSON object"),
+        ('{"tokenizer_class": "NoSuchTokenizer"}', "cannot be read"),
+        (
+            '{"tokenizer_class": "BertJapaneseTokenizer"}',
+            "tokenizer ",
+        ),
+    ],
+)
+def test_a_configuration_that_nobody_can_follow_is_refused(
+    tmp_path: Path, config: str, message: str
+) -> None:
+    (tmp_path / "vocab.txt").write_text("\n".join(BERT) + "\n")
+    (tmp_path / "tokenizer_config.json").write_text(config)
+    with pytest.raises(ValueError, match=message) as raised:
+        load_tokenizer(str(tmp_path))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("separator", "\u2028\u2029\u0085\x0b\x0c\x1c\x1d\x1e")
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_only_a_line_feed_ends_an_entry_of_a_vocabulary(
+    tmp_path: Path, separator: str, line_end: str
+) -> None:
+    entries = [*BERT[:5], separator, *BERT[5:]]
+    (tmp_path / "vocab.txt").write_bytes(line_end.join([*entries, ""]).encode())
+    loaded = load_tokenizer(str(tmp_path))
+    assert len(loaded) == len(entries)
+    assert ids(loaded, "the cat") == [6, 7]

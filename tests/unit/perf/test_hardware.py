@@ -1,5 +1,6 @@
 """Collectives on links, products on tiles: the arithmetic of the time model."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -68,6 +69,23 @@ def test_a_tree_is_faster_than_a_ring_where_messages_are_small_and_groups_large(
     small_message = cluster.collective_seconds("all_reduce", 1000, group)
     assert small_message < 2 * 7 * 15e-6 + 20e-6  # logarithmic: 7 hops up and down
     assert cluster.collective_seconds("all_gather", 1000, group) > 127 * 10e-6
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "rule"),
+    [
+        ("num_nodes", 0, "positive"),
+        ("peak_tflops", math.nan, "positive"),
+        ("intra_node_bandwidth", 0.0, "positive"),
+        ("memory_gib", math.inf, "positive"),
+        ("product_efficiency", math.nan, "positive"),
+        ("overlap", math.nan, "at least 0"),
+        ("reserved_gib", -1.0, "at least 0"),
+    ],
+)
+def test_no_figure_of_a_cluster_is_nan_infinite_or_negative(key, value, rule) -> None:
+    with pytest.raises(ValueError, match=rf"^hardware\.{key} {value} is not finite and {rule}$"):
+        hardware("h200", **{key: value})
 
 
 def test_a_product_s_last_wave_is_not_full() -> None:

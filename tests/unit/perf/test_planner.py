@@ -55,6 +55,22 @@ def test_a_batch_that_does_not_divide_names_the_nearest_cluster() -> None:
         search(batch(16), cluster, ESTIMATOR)
 
 
+@pytest.mark.parametrize(
+    ("num_nodes", "num_sequences", "answer"),
+    [
+        (10**9, 16, "hardware.num_nodes=16 would work"),
+        (5, 16, "hardware.num_nodes=4 would work"),
+        (3, 10**12, "hardware.num_nodes=2 would work"),
+        (6, 10**13, "hardware.num_nodes=5 would work"),
+        (10**9, 2**40 + 15, "hardware.num_nodes="),  # a prime: two GPUs of one tensor-parallel pair
+    ],
+)
+def test_the_nearest_cluster_is_found_by_arithmetic(num_nodes, num_sequences, answer) -> None:
+    cluster = replace(CLUSTER, num_nodes=num_nodes)
+    with pytest.raises(ValueError, match=answer):
+        search(batch(num_sequences), cluster, ESTIMATOR)
+
+
 def test_where_nothing_fits_the_nearest_change_is_named() -> None:
     config = batch(16, precision="16-mixed")
     least = ESTIMATOR.state(config).optimizer / 2**30

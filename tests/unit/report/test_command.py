@@ -80,6 +80,33 @@ def test_only_jobs_that_just_started_still_make_a_report(writer, capsys):
     assert "partial: 0 of 1 jobs ok, 1 running or killed" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("watch", [[], ["--watch"]])
+@pytest.mark.parametrize("output", ["file", "file/below", "/proc/x", "/dev/null"])
+def test_an_output_that_cannot_be_is_one_line_before_any_waiting(writer, output, watch):
+    (writer.root / "file").write_text("mine")
+    writer.run("s/0", {"seed": 1})  # one that never ends
+    wanted = writer.root / output
+    with pytest.raises(ValueError, match=rf"^--output {wanted}: .*$"):
+        main([str(writer.root / "s"), "--output", str(wanted), *watch])
+    assert (writer.root / "file").read_text() == "mine"
+    assert not (writer.root / "s" / "report").exists()
+
+
+def test_an_output_whose_file_is_a_directory_is_named(ablation):
+    (ablation.root / "out" / "table.md").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"^--output .*/out: .*/out/table\.md: Is a directory$"):
+        main([str(ablation.root), "--output", str(ablation.root / "out")])
+
+
+def test_runs_that_are_all_unreadable_still_make_a_report(writer, capsys):
+    (writer.run("a", {"seed": 1}) / "result.json").write_text("[]")
+    main([str(writer.root)])
+    printed = capsys.readouterr().out
+    assert "partial: 0 of 1 jobs ok, 1 unreadable" in printed
+    assert "unreadable: a: result.json is not an object" in printed
+    assert "unreadable: a:" in (writer.root / "report" / "table.md").read_text()
+
+
 @pytest.mark.parametrize("arguments", [[], ["x", "--against", "nobody"], ["x", "--bogus"]])
 def test_a_wrong_command_line_exits_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as error:
@@ -152,6 +179,16 @@ def test_watch_on_a_terminal_shows_the_table_so_far(writer):
     shown = console.file.getvalue()
     assert "1 of 2 ended" in shown
     assert "held-out loss" in shown
+
+
+def test_watch_ends_where_a_job_has_become_unreadable(writer):
+    writer.multirun("s", ["seed=1,2"])
+    finish(writer.run("s/0", {"seed": 1}))
+    broken = writer.run("s/1", {"seed": 2})
+    console = Console(file=io.StringIO())
+    watch_runs([writer.root], console, sleep=lambda _: (broken / "result.json").write_text("[]"))
+    last = console.file.getvalue().splitlines()[-1]
+    assert last == "2 of 2 ended: 1 ok, 0 failed, 1 unreadable, 0 running, 0 to come"
 
 
 def test_expected_end_is_the_work_left_over_the_jobs_running(writer):

@@ -5,6 +5,7 @@ import pytest
 
 from hydratron.report.groups import Spread, has_diverged, split_sections
 from hydratron.report.runs import load_run, load_runs
+from hydratron.report.tables import summary_table
 
 
 def section_of(writer):
@@ -46,16 +47,28 @@ def test_the_median_is_the_middle_of_three_and_the_best_is_the_lowest(writer):
 
 def test_scores_are_better_when_higher_and_compared_within_a_task(writer):
     values = {("mnli", 1): 0.8, ("mnli", 2): 0.7, ("qqp", 1): 0.9, ("qqp", 2): 0.91}
-    for (task, epochs), value in values.items():
-        overrides = {"task": task, "task.epochs": epochs}
+    for ((task, epochs), value), seed in product(values.items(), (1, 2)):
+        overrides = {"task": task, "task.epochs": epochs, "seed": seed}
         result = {"command": "finetune", "val/accuracy": value}
-        writer.run(f"{task}{epochs}", overrides, result=result)
+        writer.run(f"{task}{epochs}{seed}", overrides, result=result)
     section = section_of(writer)
     assert section.main_metrics == ["val/accuracy"]
     assert {tuple(section.groups[i].values.values()) for i in section.best("val/accuracy")} == {
         ("mnli", 1),
         ("qqp", 2),
     }
+
+
+def test_one_seed_has_no_winner(writer):
+    for placement, loss in {"pre": 2.5, "post": 2.6}.items():
+        writer.run(placement, {"layernorm": placement, "seed": 1}, result={"val/loss": loss})
+    section = section_of(writer)
+    assert section.best("val/loss") == set()
+    assert summary_table(section).notes[0] == "no best is marked: one seed has no range"
+    writer.run("pre2", {"layernorm": "pre", "seed": 2}, result={"val/loss": 2.4})
+    section = section_of(writer)
+    assert section.best("val/loss") == {1}
+    assert summary_table(section).notes[0] == "* best median; one seed has no range"
 
 
 def test_where_a_task_s_files_lie_tells_no_runs_apart_that_the_task_does(writer):
@@ -89,6 +102,7 @@ def test_a_larger_model_is_not_worse_for_being_slower(writer):
         ({"val/loss": 2.0, "train/loss": math.inf}, True),
         ({"val/loss": 3.0, "val/unigram_entropy": 2.91}, True),
         ({"val/loss": 2.9, "val/unigram_entropy": 2.91}, False),
+        ({"val/loss": 2.91, "val/unigram_entropy": 2.91}, True),
         # masked LM + sentence order: only the language-model part compares with an entropy
         ({"val/loss": 3.2, "val/mlm_loss": 2.5, "val/unigram_entropy": 2.91}, False),
         ({"status": "failed", "error": "loss is not finite at step 7"}, True),

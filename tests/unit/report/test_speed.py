@@ -114,3 +114,30 @@ def test_how_kernels_are_launched_tells_steps_apart(writer) -> None:
     steps, _, scaling = section_tables(section)
     assert steps.rows[1][0] == "gpt2 2b pre, bf16-mixed, cuda_graphs, interleave"
     assert [row[0] for row in scaling.rows] == ["1b", "2b, cuda_graphs, interleave"]
+    # one GPU was not measured so launched: nothing to scale from
+    assert scaling.rows[1][2:] == ["–", "–", "–"]
+    assert seed_table(section).rows[-1][4:6] == ["–", "–"]
+
+
+def test_scaling_is_from_one_gpu_with_the_same_batch_precision_and_recomputation(writer) -> None:
+    settings = {"trainer.precision": "bf16-mixed", "model.recompute": "none"}
+    runs = [
+        ("355m", 1, 16, {}, 100.0),  # alike, but not what a GPU of 2b holds
+        ("1b", 1, 8, {}, 450.0),
+        ("1b", 1, 16, {"model.recompute": "full"}, 300.0),
+        ("1b", 1, 16, {"trainer.precision": "fp8"}, 600.0),
+        ("1b", 1, 16, {}, 400.0),
+        ("2b", 2, 16, {}, 200.0),
+    ]
+    for number, (size, gpus, batch, other, tflops) in enumerate(runs):
+        billions = "0.355b" if size == "355m" else size
+        found = measured(billions, gpus=gpus, step_ms=200.0, tflops=tflops) | {"batch": batch}
+        writer.run(str(number), {"size": size} | settings | other, result=found)
+    replicas = measured("1b", gpus=1, step_ms=200.0, tflops=360.0)
+    replicas |= {"data_parallel_size": 2, "batch": 32}  # 16 a replica
+    writer.run("6", {"size": "1b"} | settings, result=replicas)
+    (section,) = split_sections(load_runs([writer.root]))
+    (scaling,) = [t for t in section_tables(section) if "weak scaling" in t.title]
+    shown = {tuple(row[:2]): row[2] for row in scaling.rows if row[1] != "1 x 1"}
+    assert shown == {("2b", "2 x 1"): "50.0", ("1b", "1 x 2"): "90.0"}
+    assert [row[4] for row in seed_table(section).rows if row[2] == "2"][-1] == "50.0"

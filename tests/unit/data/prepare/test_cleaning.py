@@ -97,3 +97,15 @@ def test_the_language_filter_needs_no_network() -> None:
     keep = LanguageFilter("en")
     assert keep("It was the best of times, it was the worst of times, it was the age of wisdom.")
     assert not keep("Es war einmal mitten im Winter, und die Schneeflocken fielen wie Federn.")
+
+
+@pytest.mark.parametrize("name", ["eval.json", "eval.jsonl", "EVAL.JSONL"])
+def test_evaluation_texts_are_those_that_the_json_means(tmp_path: Path, name: str) -> None:
+    text = "The café’s naïve owner said that people would never again buy bread of his"
+    document = {"data": [{"paragraphs": [{"context": text, "id": 3}]}]}
+    rows = [json.dumps(document), json.dumps({"text": "of no weight"})]
+    assert "\\u00e9" in rows[0]
+    (tmp_path / name).write_text("\n".join(rows[: 1 if name == "eval.json" else 2]))
+    is_kept = OverlapFilter((str(tmp_path / name),), 13)
+    assert not is_kept(f"Before. {text}. After.")
+    assert is_kept("The cafe owner said that other people would never again buy bread of his")

@@ -116,3 +116,9 @@ def test_the_shortest_texts_have_a_signature(text: str) -> None:
 def test_hashes_must_divide_into_bands() -> None:
     with pytest.raises(ValueError, match="num_hashes 100 is not divisible by num_bands 30"):
         NearDuplicates(num_hashes=100, num_bands=30)
+
+
+def test_no_document_has_no_duplicate() -> None:
+    settings = NearDuplicates()
+    assert near_duplicates(np.empty((0, settings.num_hashes), np.uint32), str, settings) == []
+    assert exact_duplicates(np.empty((0, 16), np.uint8)) == []

@@ -8,7 +8,7 @@ import pytest
 import zstandard
 from datasets import Dataset
 
-from hydratron.data.readers import Shard, list_files, plan_shards, read_shard
+from hydratron.data.readers import Shard, plan_shards, read_shard
 from hydratron.data.sources import Source
 
 ROWS = [{"text": f"Document number {i}.", "title": f"T{i}"} for i in range(2000)]
@@ -38,7 +38,6 @@ def test_text_folders_are_read_in_order_and_split_into_chapters(tmp_path: Path) 
     (tmp_path / "b").mkdir()
     (tmp_path / "b/2.txt.gz").write_bytes(gzip.compress(b"second"))
     (tmp_path / "1.txt").write_text(f"CHAPTER I\n\n{words}\n\nCHAPTER II\n\n{words}")
-    (tmp_path / "notes.md").write_text("not read")
     assert len(read(Source("text", str(tmp_path)))) == 2
     split = read(Source("text", str(tmp_path), split_files=True))
     assert [text[:10].strip() for text in split] == ["CHAPTER I", "CHAPTER II", "second"]
@@ -102,8 +101,8 @@ def test_broken_input_is_named_with_its_position(tmp_path: Path, name: str) -> N
 
 def test_missing_and_empty_sources_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nowhere: no such file or folder"):
-        list_files(Source("text", str(tmp_path / "nowhere")))
+        read(Source("text", str(tmp_path / "nowhere")))
     with pytest.raises(ValueError, match=r"no file ending in .jsonl"):
-        list_files(Source("jsonl", str(tmp_path)))
+        read(Source("jsonl", str(tmp_path)))
     with pytest.raises(ValueError, match="kind 'csv' of a source is not one of text, jsonl"):
         Source("csv", "x")

@@ -128,6 +128,16 @@ def test_the_few_malformed_rows_of_a_large_file_are_left_out_and_named(write: Wr
     text = "\n".join(["id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate", *rows, "7\t1\t2\ta"])
     with pytest.warns(UserWarning, match=r"left out malformed lines \[2001\]"):
         assert len(load_glue(QQP, write("train.tsv", text), "train")) == 1999
+    # in a test file it would shift the index of every prediction after it
+    with pytest.raises(ValueError, match=r"test\.tsv:2001: not 6 columns: .* must be whole"):
+        load_glue(QQP, write("test.tsv", text), "test")
+
+
+def test_blank_lines_of_a_tsv_are_no_rows(write: Write) -> None:
+    text = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n\n0\t1\t2\ta\tb\t1\r\n\r\n \n"
+    for split in ("validation", "test"):
+        [row] = load_glue(QQP, write("dev.tsv", text), split)
+        assert row["texts"] == ("a", "b")
 
 
 def test_another_task_is_one_yaml_file(write: Write, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -104,6 +104,17 @@ def test_wrong_passages_are_named_by_file_line_and_question(
         load_race(write("dev.jsonl", text), "validation")
 
 
+def test_an_id_is_that_of_one_passage_whose_questions_may_stand_apart(write: Write) -> None:
+    lines = [passage("high1.txt"), passage("high2.txt", article="x"), passage("high1.txt")]
+    questions = load_race(write("a.jsonl", "\n".join(lines)), "test")
+    names = ["high1.txt", "high2.txt", "high1.txt"]
+    numbers = [0, 1, 0, 1, 2, 3]
+    assert [q.id for q in questions] == [f"{names[i // 2]}-{n}" for i, n in enumerate(numbers)]
+    lines[2] = passage("high1.txt", article="The cat sat elsewhere.")
+    with pytest.raises(ValueError, match=r"b.jsonl:3: id 'high1.txt' .* another .*b.jsonl:1$"):
+        load_race(write("b.jsonl", "\n".join(lines)), "test")
+
+
 def test_wrong_files_are_named(write: Write, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a\.jsonl: no questions"):
         load_race(write("a.jsonl", ""), "train")
