@@ -19,6 +19,8 @@ from torch.multiprocessing import (
     start_processes,
 )
 
+from tests.waiting import PATIENCE
+
 # Ranks are forked from a server process that has imported these once, so that they start in
 # milliseconds instead of the seconds that importing takes in every one of them: the libraries, and
 # what of ours imports the rest of them (transformers' tokenizers, datasets).
@@ -35,7 +37,7 @@ PRELOADED = [
 
 
 def run_distributed(
-    fn: Callable[..., Any], world_size: int, tmp_path: Path, *args: Any, timeout: float = 120.0
+    fn: Callable[..., Any], world_size: int, tmp_path: Path, *args: Any, timeout: float = PATIENCE
 ) -> list[Any]:
     """Return `[fn(rank, world_size, *args) for rank in range(world_size)]`, one process each.
 
@@ -43,20 +45,24 @@ def run_distributed(
     through files under `tmp_path`. Each rank has a default process group, one torch thread and
     the parent's environment with RANK, LOCAL_RANK and WORLD_SIZE added. The exception of the rank
     that failed first is raised here with that rank's traceback as a note, the other ranks are
-    ended; ranks that outlive `timeout` seconds are ended with a TimeoutError.
+    ended; ranks that outlive `timeout` seconds, counted from when all have joined, are ended with a
+    TimeoutError.
     """
     directory = Path(tempfile.mkdtemp(prefix="ranks-", dir=tmp_path))
     multiprocessing.set_forkserver_preload(PRELOADED)
     context = start_processes(
         _run_rank,
-        (fn, world_size, directory, dict(os.environ), args, timeout),
+        (fn, world_size, directory, dict(os.environ), args),
         nprocs=world_size,
         join=False,
         start_method="forkserver",
     )
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + PATIENCE
+    have_joined = False
     try:
-        while not context.join(timeout=deadline - time.monotonic(), grace_period=1.0):
+        while not context.join(timeout=0.1, grace_period=1.0):
+            if not have_joined and len(list(directory.glob("joined-*"))) == world_size:
+                have_joined, deadline = True, time.monotonic() + timeout
             if time.monotonic() >= deadline:
                 alive = [
                     rank for rank, process in enumerate(context.processes) if process.is_alive()
@@ -80,7 +86,6 @@ def _run_rank(
     directory: Path,
     environment: dict[str, str],
     args: tuple[Any, ...],
-    timeout: float,
 ) -> None:
     os.environ.clear()
     os.environ.update(environment)
@@ -95,8 +100,9 @@ def _run_rank(
             init_method=f"file://{directory}/rendezvous",
             rank=rank,
             world_size=world_size,
-            timeout=timedelta(seconds=timeout),
+            timeout=timedelta(seconds=PATIENCE),
         )
+        (directory / f"joined-{rank}").touch()
         torch.save(fn(rank, world_size, *args), directory / f"result-{rank}.pt")
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -1,5 +1,6 @@
 """Faults for jobs of a sweep, chosen by seed and removed from outside: a logger that misbehaves."""
 
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -16,7 +17,9 @@ def spoil(module: nn.Module, inputs: Any, output: Any) -> Any:
 
 
 class Faults(Logger):
-    """At the second step, does what `directory/<seed>` says: `raise`, `kill` or `nan`."""
+    """At the second step, does what `directory/<seed>` says: `raise`, `kill`, `nan`, or `fill`,
+    which leaves no room on the disk of `directory`.
+    """
 
     name = "faults"
     version = ""
@@ -26,6 +29,7 @@ class Faults(Logger):
         path = Path(directory) / str(seed)
         is_here = int(os.environ.get("RANK", 0)) == rank
         self.fault = path.read_text() if path.exists() and is_here else ""
+        self.directory = Path(directory)
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -37,5 +41,9 @@ class Faults(Logger):
             raise RuntimeError("the fault of this job")
         if self.fault == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.fault == "fill":
+            with contextlib.suppress(OSError), (self.directory / "filling").open("wb", 0) as file:
+                while True:
+                    file.write(bytes(512))
         if self.fault == "nan":
             nn.modules.module.register_module_forward_hook(spoil)

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import PATIENCE, wait_for
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
-SECONDS_TO_START = 30
 NODES = ("node1", "node2")
 CONFIGURATION = """
 ClusterName=tests
@@ -107,7 +108,7 @@ def running_slurm(directory: Path, nodes: tuple[str, ...] = NODES) -> Iterator[N
                     subprocess.Popen([program, *command[1:]], stdout=log, stderr=subprocess.STDOUT)
                 )
                 if command[0] == "munged":
-                    time.sleep(0.5)
+                    wait_for((directory / "munge.socket").exists, of=daemons[0])
             if not is_idle(len(nodes)):
                 pytest.skip(f"SLURM did not start; see {directory}")
             yield
@@ -123,7 +124,7 @@ def running_slurm(directory: Path, nodes: tuple[str, ...] = NODES) -> Iterator[N
 
 def cancel_all() -> None:
     """End every job and wait for it: what still runs when the daemons end runs for ever."""
-    deadline = time.monotonic() + SECONDS_TO_START
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         subprocess.run(["scancel", "--user=root"], capture_output=True)
         left = subprocess.run(["squeue", "--noheader"], capture_output=True, text=True)
@@ -134,7 +135,7 @@ def cancel_all() -> None:
 
 def is_idle(num_nodes: int) -> bool:
     """Wait until all nodes take jobs."""
-    deadline = time.monotonic() + SECONDS_TO_START
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         command = ["sinfo", "--noheader", "--Node", "--format=%T"]
         states = subprocess.run(command, capture_output=True, text=True).stdout.split()

@@ -24,6 +24,8 @@ def records(path: Path) -> list[Record]:
             continue
         length, kind = struct.unpack("<HB", data[position + 4 : position + RECORD_HEADER])
         position += RECORD_HEADER
+        if position + length > len(data):
+            break  # the last record of a killed process
         parts += data[position : position + length]
         position += length
         if kind in (FULL, LAST):

@@ -101,8 +101,9 @@ def _strings(value: Any, source: Path) -> list[str]:
 
 
 # what a sweep's own directory may say of how its jobs are launched; `setup`, say, is shell code
-LAUNCHING = ("array_parallelism", "cpus_per_task", "gpus_per_node", "mem_gb", "n_jobs", "n_trials",
-             "nodes", "partition", "qos", "tasks_per_node", "timeout_min")  # fmt: skip
+LAUNCHING = ("array_parallelism", "cpus_per_task", "direction", "gpus_per_node",
+             "mem_gb", "n_jobs", "n_trials", "nodes", "partition", "qos",
+             "tasks_per_node", "timeout_min")  # fmt: skip
 
 
 def is_launching(override: str) -> bool:
@@ -140,9 +141,9 @@ def search_continued(directory: Path, total: int, given: dict[str, str]) -> dict
         total = int(given[key].partition("=")[2])
     jobs = [path.parent for path in directory.glob("*/.hydra") if path.parent.name.isdigit()]
     num_ok = sum(read_result(path).get("status") == "ok" for path in jobs)
-    if num_ok >= total:
+    if num_ok >= total and (directory / "optimization_results.yaml").exists():
         raise InputError(f"{directory} has {num_ok} trials that ended well; {key}= asks for more")
-    return given | {key: f"{key}={total - num_ok}"}
+    return given | {key: f"{key}={max(0, total - num_ok)}"}
 
 
 def search_arguments(command: str, arguments: list[str]) -> list[str]:
@@ -163,7 +164,7 @@ def search_arguments(command: str, arguments: list[str]) -> list[str]:
         "hydra.sweeper.study_name": command,
         "hydra.sweeper.n_jobs": "1",
         "hydra.sweeper.max_failure_rate": "1.0",  # a trial that fails is noted, the search goes on
-        "+hydra.callbacks.definition._target_": "hydratron.launch.SweepDefinition",
+        "+hydra.callbacks.definition._target_": "hydratron.sweeps.SweepDefinition",
     }
     added = [f"{key}={value}" for key, value in defaults.items() if key.lstrip("+") not in given]
     return [*arguments, *added]

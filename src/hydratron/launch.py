@@ -2,8 +2,8 @@
 
 A single run on one device happens in this process. In a sweep every job is its own process tree
 with its frozen configuration and a clean environment, so that nothing a job does can end its
-siblings; a job of several devices runs under torch.distributed.run. Where torchrun or srun made the
-processes, those are used.
+siblings; a job of several devices is a process for each. Where torchrun or srun made the processes,
+those are used.
 """
 
 import contextlib
@@ -11,16 +11,16 @@ import importlib
 import logging
 import os
 import signal
-import subprocess
 import sys
+import tempfile
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
@@ -37,54 +37,39 @@ from hydratron.continuation import (
     standing,
 )
 from hydratron.processes import (
-    child_command,
-    clean_environment,
-    end_tree,
+    INTERRUPTED,
+    TERMINATED,
+    end_ranks,
     end_with_parent,
     is_external_launch,
     is_first_rank,
     num_local_devices,
     num_started,
     slurm_resource,
+    start_ranks,
     wait,
     world_size,
 )
 from hydratron.result import (
-    FAILURE,
     OFFLINE_RUNS,
-    RESULT,
     Job,
+    JobFailed,
+    JobPreempted,
     completed_result,
     describe_outcome,
+    exit_status,
+    forget_outcome,
+    full_disks_named,
     job_line,
     note_failure,
     read_result,
+    result_status,
     sync_command,
     write_result,
 )
+from hydratron.sweeps import check_choices, check_ended_well, check_launcher, objective
 
 OUTPUT = "output.log"
-TERMINATED = 128 + signal.SIGTERM
-INTERRUPTED = 128 + signal.SIGINT
-
-
-class JobFailed(RuntimeError):
-    """A job did not end well; `status` is the exit status that says how."""
-
-    def __init__(self, message: str, *, status: int = 1) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-class JobPreempted(JobFailed):
-    """A job saved its state and ended early; `stopped_by` says why."""
-
-    def __init__(self, message: str, *, stopped_by: str) -> None:
-        super().__init__(message, status=TERMINATED)
-        self.stopped_by = stopped_by
-
-    def __reduce__(self) -> Any:
-        return JobFailed, (str(self),), {"status": self.status}
 
 
 def unused_directory(path: str) -> str:
@@ -122,31 +107,58 @@ def main(command: str) -> None:
     """Run `command` as a Hydra application on sys.argv."""
 
     failures: list[Exception] = []
+    owner = os.getpid()
 
     def task(config: DictConfig) -> float | None:
+        hydra_config = HydraConfig.get()
+        is_sweep = hydra_config.mode == RunMode.MULTIRUN
+        if is_sweep and os.path.isdir(begun):  # not on a cluster's nodes
+            Path(begun, str(hydra_config.job.num)).write_text(hydra_config.runtime.output_dir)
+        if "joblib" in hydra_config.launcher._target_:
+            end_with_parent(signal.SIGTERM)  # its job then ends as with any SIGTERM
+            if os.getppid() != owner:
+                raise SystemExit(TERMINATED)
         try:
             return launch(command, config)
         except (InputError, JobFailed) as error:
-            if HydraConfig.get().mode == RunMode.MULTIRUN:
+            if is_sweep:
                 raise  # Hydra lets the siblings run and raises at the end
             failures.append(error)  # Hydra would print its own lines around a single run's
             return None
 
     # what SLURM's launcher of conf/ leaves out is to come from the plugin's of the same name
     warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/submitit_slurm' is validated")
-    tree = str(configuration_directory())
-    hydra.main(version_base="1.3", config_path=tree, config_name=command)(task)()
+    tree = configuration_directory()
+    check_choices(sys.argv[1:], tree)
+    with tempfile.TemporaryDirectory(prefix="hydratron-") as begun:
+        try:
+            hydra.main(version_base="1.3", config_path=str(tree), config_name=command)(task)()
+        except KeyboardInterrupt:
+            note_interrupted(command, jobs_in(begun))
+            raise
+        except ValueError as error:
+            if isinstance(error, InputError) or not jobs_in(begun):
+                raise
+            where = jobs_in(begun)[0].parent
+            raise JobFailed(f"{where}: no trial has a value to search by") from error
+        check_ended_well(jobs_in(begun))
     for error in failures:
         raise error
 
 
-class SweepDefinition(Callback):
-    """Writes `multirun.yaml` for sweepers that leave that to the basic one."""
+def jobs_in(begun: str) -> list[Path]:
+    """Return the directories of the jobs that a sweep has begun."""
+    return [Path(path.read_text()) for path in sorted(Path(begun).iterdir())]
 
-    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        directory = Path(config.hydra.sweep.dir)
-        directory.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(config, directory / "multirun.yaml")
+
+def note_interrupted(command: str, run_dirs: Sequence[Path]) -> None:
+    """Write the results of jobs that could not: joblib kills its workers, and they with them."""
+    for run_dir in run_dirs:
+        if (run_dir / FROZEN_CONFIG).exists() and not read_result(run_dir):
+            job = read_job(command, run_dir)
+            duration = round(time.time() - (run_dir / FROZEN_CONFIG).stat().st_mtime, 3)
+            write_result(job, status="failed", error="interrupted", duration_s=duration)
+            end_tracking(job, status=INTERRUPTED)
 
 
 def launch(command: str, config: DictConfig) -> float | None:
@@ -196,26 +208,6 @@ def launch(command: str, config: DictConfig) -> float | None:
             prepared = prepared or check(job)
             run_children(job, log=None)
         return objective(run_dir)
-
-
-def check_launcher(hydra_config: Any) -> None:
-    """Raise InputError where an experiment that is swept over names another launcher than is used.
-
-    Hydra chooses the launcher before the jobs, and so their experiments, are composed.
-    """
-    definition = Path(hydra_config.sweep.dir) / "multirun.yaml"
-    used: Any = OmegaConf.load(definition).hydra.launcher if definition.exists() else None
-    wanted = hydra_config.runtime.choices["hydra/launcher"]
-    if used is not None and used._target_ != hydra_config.launcher._target_:
-        raise InputError(
-            f"hydra/launcher: {wanted} in an experiment file is ignored in a sweep over"
-            f" experiments: write hydra/launcher={wanted} on the command line"
-        )
-
-
-def objective(run_dir: Path) -> float | None:
-    """Return what a sweeper minimises; None on ranks other than 0, which write no result."""
-    return read_result(run_dir).get("val/loss")
 
 
 def freeze(job: Job, composed: str, hydra_config: Any) -> None:
@@ -281,12 +273,6 @@ def execute_as_one_of_many(job: Job) -> None:
         raise
 
 
-def forget_outcome(job: Job) -> None:
-    """Remove what an earlier try of the job left, so that it is not taken for this one's."""
-    for name in (RESULT, FAILURE):
-        (job.run_dir / name).unlink(missing_ok=True)
-
-
 def execute(job: Job, prepared: Any = None) -> None:
     """Run the job in this process and, on rank 0, write its `result.json`, also on failure.
 
@@ -302,11 +288,13 @@ def execute(job: Job, prepared: Any = None) -> None:
             prepared = prepared or module.prepare(job.config)
         except ValueError as error:
             raise InputError(str(error)) from error
-        outcome = {"status": "ok"} | module.run(prepared, job.run_dir)
+        with full_disks_named(job.run_dir):
+            outcome = {"status": "ok"} | module.run(prepared, job.run_dir)
         if outcome["status"] == "preempted":
             reason = outcome["stopped_by"]
             raise JobPreempted(f"stopped by {reason}; resume={job.run_dir}", stopped_by=reason)
     except BaseException as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # or it would end this before its result
         if isinstance(error, SystemExit) and error.code == TERMINATED:
             outcome["status"] = "preempted"
         if outcome["status"] != "preempted":
@@ -349,62 +337,50 @@ def run_children(job: Job, *, log: Path | None) -> None:
     previous = signal.signal(signal.SIGTERM, lambda number, _: requested.append(number))
     with contextlib.ExitStack() as stack:
         output = stack.enter_context(log.open("w")) if log else None
-        process = subprocess.Popen(
-            child_command(job.command, job.run_dir, num_devices=num_local_devices(job.config)),
-            env=clean_environment(),
-            stdout=output,
-            stderr=subprocess.STDOUT if output else None,
-            start_new_session=True,
-            preexec_fn=end_with_parent,
+        meeting = stack.enter_context(tempfile.TemporaryDirectory(prefix="hydratron-"))
+        number, killed = num_local_devices(job.config), None
+        ranks = start_ranks(
+            job.command, job.run_dir, num_ranks=number, meeting=meeting, output=output
         )
         try:
-            wait(process, requested)
+            killed = wait(ranks, requested)
         except KeyboardInterrupt:
             note_failure(job.run_dir, "interrupted")
             raise
         finally:
-            end_tree(process)
+            end_ranks(ranks)
             signal.signal(signal.SIGTERM, previous)
             duration = time.monotonic() - started
-            result = completed_result(job, returncode=process.returncode, duration=duration)
-            end_tracking(job, status=process.returncode)
+            codes = [rank.returncode for rank in ranks]
+            result = completed_result(job, killed=killed, codes=codes, duration=duration)
+            end_tracking(job, status=result_status(result))
     if log:
         print(job_line(job, result), flush=True)
     if requested:
         raise SystemExit(TERMINATED)
     if result["status"] != "ok":
-        status = TERMINATED if result["status"] == "preempted" else 1
         message = result["error"] or result["status"]
-        raise JobFailed(f"{job.run_dir}: {message}", status=status)
-
-
-def exit_status(error: BaseException) -> int:
-    """Return the exit status that says how a job ended."""
-    # Lightning makes an exit(1) of an interrupt
-    if any(isinstance(e, KeyboardInterrupt) for e in (error, error.__context__)):
-        return INTERRUPTED
-    if isinstance(error, JobFailed):
-        return error.status
-    return error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
+        raise JobFailed(f"{job.run_dir}: {message}", status=result_status(result))
 
 
 def end_tracking(job: Job, *, status: int) -> None:
-    """End what a killed process tree could not end, with the status that a shell would see."""
+    """End what a killed process tree could not end."""
     if "_target_" in (job.config.get("logger") or {}):
         tracking = importlib.import_module("hydratron.commands.tracking")
-        seen = status if status >= 0 else 128 - status
-        tracking.complete(job.config["logger"], job.run_dir, status=seen)
+        tracking.complete(job.config["logger"], job.run_dir, status=status)
+
+
+def read_job(command: str, run_dir: Path) -> Job:
+    """Return the job that was frozen in `run_dir`."""
+    config = OmegaConf.to_container(OmegaConf.load(run_dir / FROZEN_CONFIG))
+    given: Any = OmegaConf.load(run_dir / ".hydra/overrides.yaml")
+    return Job(command, run_dir, cast(dict[str, Any], config), override_dictionary(list(given)))
 
 
 def worker(command: str, run_dir: Path) -> int:
     """Run a frozen job as one of its processes; return the exit status."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        end_with_parent()
-    config = OmegaConf.to_container(OmegaConf.load(run_dir / FROZEN_CONFIG))
-    given: Any = OmegaConf.load(run_dir / ".hydra/overrides.yaml")
-    overrides = override_dictionary(list(given))
     try:
-        execute(Job(command, run_dir, cast(dict[str, Any], config), overrides))
+        execute(read_job(command, run_dir))
     except InputError as error:
         print(f"hydratron {command}: {error}", file=sys.stderr)
         return 2

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import pytest
 
 from hydratron import cli
 from hydratron.data.text import read_text_folder
+from tests.waiting import PATIENCE, wait_for
 
 SHIPPED = Path(__file__).parents[2] / "src/hydratron/data/shipped"
 SCRIPT = Path(sys.executable).with_name("hydratron")
@@ -57,7 +57,7 @@ def hydratron(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]
     """Run `hydratron ARGUMENTS` in an empty directory."""
 
     def run(
-        *arguments: str, timeout: float = 300, **variables: str
+        *arguments: str, timeout: float = PATIENCE, **variables: str
     ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [SCRIPT, *merged(*arguments)],
@@ -106,15 +106,21 @@ def heed_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+Spawn = Callable[..., subprocess.Popen[bytes]]
+
+
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
-    """Start a run without end in `tmp_path/run`; what it prints goes to `tmp_path/output.txt`."""
+def spawn(tmp_path: Path) -> Iterator[Spawn]:
+    """Start a command in `tmp_path`; nothing of it outlives the test.
+
+    What it prints goes to `tmp_path/output.txt`.
+    """
     started: list[subprocess.Popen[bytes]] = []
 
-    def run(*arguments: str) -> subprocess.Popen[bytes]:
+    def run(*command: str | Path) -> subprocess.Popen[bytes]:
         with (tmp_path / "output.txt").open("ab") as output:
             process = subprocess.Popen(
-                [SCRIPT, *merged("pretrain", *TINY[:-1], *ENDLESS, *arguments)],
+                command,
                 cwd=tmp_path,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -125,36 +131,44 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
         return process
 
     yield run
-    for process in started:  # what a failed test left
+    for process in started:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    for number in processes_of(tmp_path):  # what a failed test left in sessions of their own
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(number, signal.SIGKILL)
+    wait_until_gone(tmp_path)
 
 
-def wait_for_step(run: Path, step: int) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        if (run / "metrics.csv").exists() and len((run / "metrics.csv").read_text().split()) > step:
-            return
-        time.sleep(0.1)
-    raise TimeoutError(f"{run} did not reach step {step}")
+@pytest.fixture
+def start(spawn: Spawn) -> Spawn:
+    """Start a run without end in `tmp_path/run`."""
+    begin = ("pretrain", *TINY[:-1], *ENDLESS)
+    return lambda *arguments: spawn(SCRIPT, *merged(*begin, *arguments))
 
 
-def processes_of(run_dir: Path) -> list[str]:
-    """Return the command lines of what still runs for a run, by its directory or its own."""
-    found = []
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes] | None = None) -> None:
+    """Wait until the run, made by `process`, has logged a step."""
+    path = run / "metrics.csv"
+    wait_for(lambda: path.exists() and len(path.read_text().split()) > step, of=process)
+
+
+def processes_of(directory: Path) -> dict[int, str]:
+    """Return by id the command lines of our processes in `directory` and of what names it."""
+    found = {}
     for path in Path("/proc").glob("[0-9]*"):
         try:
-            words = (path / "cmdline").read_bytes().decode().split("\0")
-            directory = (path / "cwd").resolve()
+            line = (path / "cmdline").read_bytes().decode(errors="replace").replace("\0", " ")
+            where = (path / "cwd").resolve()
         except OSError:
             continue
-        if str(run_dir) in words or (directory == run_dir.parent and "pretrain" in words):
-            found.append(" ".join(words))
+        is_ours = where.is_relative_to(directory) and ("hydratron" in line or "loky" in line)
+        if (is_ours or str(directory) in line) and int(path.name) != os.getpid():
+            found[int(path.name)] = line
     return found
 
 
-def wait_until_gone(run_dir: Path) -> list[str]:
-    deadline = time.monotonic() + 5
-    while (left := processes_of(run_dir)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return left
+def wait_until_gone(directory: Path) -> None:
+    """Wait until nothing runs there any more."""
+    wait_for(lambda: not processes_of(directory))

@@ -7,7 +7,6 @@ import shutil
 import signal
 import statistics
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -25,8 +24,9 @@ from hydratron.commands import finetune as finetune_command
 from hydratron.commands import protocol as protocol_command
 from hydratron.data.tokenizer import load_tokenizer
 from hydratron.launch import configuration_directory
-from tests.end_to_end.conftest import SCRIPT, metrics, result
+from tests.end_to_end.conftest import SCRIPT, Spawn, metrics, result
 from tests.tasks import write_baseline, write_bert, write_mnli, write_race, write_squad
+from tests.waiting import wait_for
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 SMALL = ["data.global_batch_size=8", "trainer.log_every=1", "task.max_seq_len=48"]
@@ -123,20 +123,12 @@ def check_other_questions(in_process: Run, inputs: Path, found: dict[str, Any]) 
 
 
 @pytest.mark.slow
-def test_finetuning_goes_on_after_a_kill(hydratron: Run, inputs: Path) -> None:
+def test_finetuning_goes_on_after_a_kill(hydratron: Run, spawn: Spawn, inputs: Path) -> None:
     settings = [*SMALL, *MNLI, "checkpoint=bert", "trainer.checkpoint_every=2"]
     settings += ["optimizer.schedule=constant", "optimizer.warmup_steps=1"]
-    process = subprocess.Popen(
-        [SCRIPT, "finetune", *settings, "task.epochs=10000", "hydra.run.dir=run"],
-        cwd=inputs,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    process = spawn(SCRIPT, "finetune", *settings, "task.epochs=10000", "hydra.run.dir=run")
     checkpoint = inputs / "run/checkpoints"
-    deadline = time.monotonic() + 90
-    while not (checkpoint / "last").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_for((checkpoint / "last").exists, of=process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     step = int((checkpoint / "last").resolve().name.removeprefix("step-"))

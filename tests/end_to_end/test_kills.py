@@ -11,6 +11,7 @@ import pytest
 
 from hydratron.checkpoint.manifest import is_complete, newest_checkpoint
 from tests.end_to_end.conftest import TINY, metrics, result, wait_until_gone
+from tests.waiting import wait_for
 
 # a checkpoint at every step: about half of the time is spent in saving
 SETTINGS = [
@@ -25,14 +26,11 @@ SETTINGS = [
 def kill_at_random(run: Path, process: subprocess.Popen[bytes], generator: random.Random) -> None:
     """Wait until the run got somewhere new, then a random moment more, and kill it."""
     before = newest_checkpoint(run / "checkpoints")
-    deadline = time.monotonic() + 120
-    while newest_checkpoint(run / "checkpoints") == before and time.monotonic() < deadline:
-        assert process.poll() is None, (run.parent / "output.txt").read_text()
-        time.sleep(0.01)
+    wait_for(lambda: newest_checkpoint(run / "checkpoints") != before, of=process)
     time.sleep(generator.uniform(0, 0.3))
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert wait_until_gone(run) == []
+    wait_until_gone(run.parent)
 
 
 @pytest.mark.parametrize(

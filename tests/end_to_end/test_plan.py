@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from tests.end_to_end.conftest import result
+from tests.waiting import PATIENCE
 
 SMALL = ["size=mini", "data.global_batch_size=16", "hardware.gpus_per_node=2"]
 SINGLE = [*SMALL[:2], "hardware.gpus_per_node=1"]
@@ -48,7 +49,7 @@ print({{"pytorch_lightning", "transformers", "datasets", "wandb"}} & sys.modules
         env=os.environ,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "set()"

@@ -21,6 +21,7 @@ from safetensors.numpy import load_file
 
 from tests.end_to_end.conftest import SCRIPT, result
 from tests.tasks import write_bert
+from tests.waiting import PATIENCE
 
 pytestmark = pytest.mark.slow
 GRID = ["optimizer.lr=1e-3,3e-3", "data.global_batch_size=8,16", "task.epochs=2"]
@@ -33,7 +34,7 @@ def protocol(folder: Path, *arguments: str) -> dict[str, Any]:
     done = subprocess.run(
         [SCRIPT, "protocol", *arguments, "checkpoint=bert", *GRID, "trainer.log_every=1",
          "output=out"],
-        cwd=folder, capture_output=True, text=True, timeout=1500,
+        cwd=folder, capture_output=True, text=True, timeout=4 * PATIENCE,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads((folder / "out/protocol.json").read_text())
@@ -74,7 +75,7 @@ def check_choices(folder: Path, summary: dict[str, Any], score: Score, percent: 
 def report_rows(folder: Path) -> dict[str, list[str]]:
     """The cells of the report's tables by their first one."""
     command = [SCRIPT, "report", "out/seeds", "--against", "seed"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert "Megatron-3.9B" in done.stdout
     lines = (folder / "out/seeds/report/table.md").read_text().splitlines()

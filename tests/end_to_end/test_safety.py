@@ -56,11 +56,12 @@ def test_the_first_rank_s_failure_is_kept_whole(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 300 KiB."""
+def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A disk of 300 KiB, or of as many as the test asks for."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)]
+    size = getattr(request, "param", 300)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", str(disk)]
     if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a small disk needs root")
     yield disk
@@ -89,6 +90,33 @@ def test_a_full_disk_and_a_place_that_is_no_folder_are_one_line(
             assert done.stderr.count("\n") == 1, done.stderr
             assert "cannot be written to: " in done.stderr
             assert reason in done.stderr
+
+
+@pytest.mark.parametrize("small_disk", [4000], indirect=True)
+@pytest.mark.parametrize("every", [1, 0])
+def test_a_disk_that_fills_up_in_training_is_named_and_the_run_goes_on_later(
+    in_process, small_disk: Path, every: int
+) -> None:
+    (small_disk / "1").write_text("fill")
+    run, length = small_disk / "run", f"trainer.max_steps={4 if every else 60}"
+    fault = ["+logger._target_=tests.faults.Faults", "+logger.seed=1"]
+    settings = [*TINY[:-1], length, f"trainer.checkpoint_every={every}", *fault]
+    settings += [f"+logger.directory={small_disk}", f"hydra.run.dir={run}"]
+    done = in_process("pretrain", *settings)
+    assert done.returncode == 1, done.stderr
+    found = result(run)
+    assert found["status"] == "failed"
+    assert str(run) in found["error"]
+    assert "No space left on device" in found["error"]
+    assert f"hydratron pretrain: {found['error']}" in done.stderr
+    assert [path.name for path in run.glob("checkpoints/step-*")] == ["step-1"] * every
+    for name in ("filling", "1"):
+        (small_disk / name).unlink()
+    done = in_process("pretrain", f"resume={run}")
+    assert done.returncode == 0, done.stderr
+    steps = list(metrics(run)["step"])
+    assert steps == list(range(1, len(steps) + 1))
+    assert result(run)["steps"] == len(steps)
 
 
 def test_space_is_needed_for_what_is_kept_and_one_more_but_not_for_what_is_there(

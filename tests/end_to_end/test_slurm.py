@@ -2,16 +2,16 @@
 
 import os
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from tests.end_to_end.conftest import SCRIPT, TINY, metrics, result, wait_for_step
+from tests.end_to_end.conftest import SCRIPT, TINY, Spawn, metrics, result, wait_for_step
 from tests.end_to_end.test_readme import commands
 from tests.slurm import running_slurm
+from tests.waiting import PATIENCE, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 LOSSES = ["step", "train/loss", "train/sentence_order_loss", "train/grad_norm"]
@@ -66,25 +66,22 @@ def running_job() -> str:
 
 @pytest.mark.parametrize("grid", ["tp2", "single"])
 def test_a_preempted_job_is_requeued_once_and_ends_as_if_it_never_was(
-    hydratron, tmp_path: Path, grid: str
+    hydratron, spawn: Spawn, tmp_path: Path, grid: str
 ) -> None:
     settings = [*TINY[:-1], *SCHEDULE, *POINT, f"parallel={grid}", "seed=1"]
     dropout = ["model.hidden_dropout=0.1", "model.attention_dropout=0.1"]
     length = 400
     command = [SCRIPT, "pretrain", *SUBMIT, *settings, *dropout, f"trainer.max_steps={length}"]
-    with (tmp_path / "output.txt").open("wb") as output:
-        process = subprocess.Popen(command, cwd=tmp_path, stdout=output, stderr=subprocess.STDOUT)
+    process = spawn(*command)
     run = tmp_path / "sweep/0"
-    wait_for_step(run, 3)
+    wait_for_step(run, 3, process)
     job = running_job()
     subprocess.run(["scancel", "--signal=USR2", job], check=True)
-    deadline = time.monotonic() + 60
-    while not (run / "result.json").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
+    wait_for((run / "result.json").exists, of=process)
     stopped = result(run)
     assert (stopped["status"], stopped["stopped_by"]) == ("preempted", "SIGUSR2")
     assert 3 <= stopped["steps"] < length
-    assert process.wait(timeout=180) == 0, (tmp_path / "output.txt").read_text()
+    assert process.wait(timeout=PATIENCE) == 0, (tmp_path / "output.txt").read_text()
     assert result(run)["status"] == "ok"
     shown = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True)
     assert "Restarts=1 " in shown.stdout
@@ -104,7 +101,7 @@ def test_srun_over_two_nodes_gives_the_losses_of_one_process(hydratron, tmp_path
         env=os.environ,
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
     assert hydratron("pretrain", *TINY, "hydra.run.dir=one").returncode == 0
@@ -113,19 +110,15 @@ def test_srun_over_two_nodes_gives_the_losses_of_one_process(hydratron, tmp_path
 
 
 def test_a_preempted_step_of_two_nodes_saves_and_the_run_is_resumed_on_one_node(
-    hydratron, tmp_path: Path
+    hydratron, spawn: Spawn, tmp_path: Path
 ) -> None:
     settings = [*TINY[:-1], *SCHEDULE, "trainer.max_steps=100000", "hydra.run.dir=run"]
     step = ["srun", "--nodes=2", "--ntasks-per-node=1"]
-    process = subprocess.Popen(
-        [*step, str(SCRIPT), "pretrain", *settings, "parallel=tp2", "trainer.num_nodes=2"],
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    wait_for_step(tmp_path / "run", 3)
+    grid = ["parallel=tp2", "trainer.num_nodes=2"]
+    process = spawn(*step, SCRIPT, "pretrain", *settings, *grid)
+    wait_for_step(tmp_path / "run", 3, process)
     subprocess.run(["scancel", "--signal=TERM", running_job()], check=True)
-    assert process.wait(timeout=60) != 0
+    assert process.wait(timeout=PATIENCE) != 0
     steps = result(tmp_path / "run")["steps"]
     length = f"trainer.max_steps={steps + 2}"
     done = hydratron("pretrain", "resume=run", "trainer.num_nodes=1", length)

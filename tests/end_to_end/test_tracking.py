@@ -1,15 +1,21 @@
 """Weights & Biases: what its offline files hold after a run has ended, however it ended."""
 
 import os
+import shutil
 import signal
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
+import yaml
+from pytorch_lightning.loggers import Logger
 
+from hydratron.commands.tracking import build_loggers, run_name
 from tests.end_to_end.conftest import TINY, metrics, result, wait_for_step
 from tests.tasks import write_bert, write_mnli
-from tests.wandb_files import OfflineRun, read_offline_runs
+from tests.waiting import PATIENCE
+from tests.wandb_files import OfflineRun, read_offline_run, read_offline_runs
 
 WANDB = [*TINY, "logger=wandb"]
 GROUPS = ["embeddings", "layer_00", "layer_01", "head"]
@@ -48,6 +54,90 @@ def test_a_run_is_in_wandb_as_it_is_on_disk(in_process, tmp_path: Path) -> None:
     assert run.group == ""
     assert "trainer.max_steps=4" in run.tags
     assert f"wandb sync {tmp_path}/again/wandb/offline-run-*" in done.stdout
+
+
+@pytest.mark.parametrize("kept", [0.3, 0.8])
+def test_what_a_kill_took_from_wandb_is_logged_by_the_resumed_run_and_nothing_twice(
+    in_process, tmp_path: Path, kept: float
+) -> None:
+    saving = ["trainer.checkpoint_every=2", "trainer.val_every=2", "trainer.max_steps=6"]
+    run = tmp_path / "run"
+    done = in_process("pretrain", *TINY[:-1], *saving, "logger=wandb", "hydra.run.dir=run")
+    assert done.returncode == 0, done.stderr
+    before = metrics(run).set_index("step")
+    # as a SIGKILL leaves it: the newest checkpoint, and the end of W&B's file, are not there yet
+    shutil.rmtree(run / "checkpoints/step-6")
+    (run / "result.json").unlink()
+    (file,) = run.glob("wandb/offline-run-*/run-*.wandb")
+    written = len(read_offline_run(file).history)
+    data = file.read_bytes()
+    first, last = data.index(b"train/loss"), data.rindex(b"train/loss") + 1000
+    file.write_bytes(data[: first + int(kept * (last - first))])
+    left = read_offline_run(file).history
+    assert 0 < len(left) < written
+    assert (left[-1]["trainer/global_step"] > 4) == (kept > 0.5)  # behind the checkpoint, or ahead
+    done = in_process("pretrain", "resume=run")
+    assert done.returncode == 0, done.stderr
+    rows = [row for one in read_offline_runs(tmp_path) for row in one.history]
+    logged = [(row["trainer/global_step"], k, v) for row in rows for k, v in row.items()]
+    found = {(step, key): value for step, key, value in logged if key in before}
+    assert len(found) == len([key for _, key, _ in logged if key in before])  # none twice
+    whole = metrics(run).set_index("step")
+    assert found.keys() == {(s, k) for k in whole for s in whole[k].dropna().index}
+    for (step, key), value in found.items():
+        if not key.startswith("perf/"):  # how fast a step was, of those that ran twice
+            assert value == pytest.approx(whole.loc[step, key]), (step, key)
+
+
+def test_names_of_a_sweep_are_what_its_jobs_differ_in(tmp_path: Path) -> None:
+    constant = [f"data.some_long_key_{number}=1000000" for number in range(9)]
+    given = [*constant, "seed=1,2", "optimizer.lr=choice(1e-3,2e-3)", "data.path=texts/${seed}"]
+    sweep = {"hydra": {"overrides": {"task": given}, "sweeper": {"params": None}}}
+    (tmp_path / "sweep/3/.hydra").mkdir(parents=True)
+    (tmp_path / "sweep/multirun.yaml").write_text(yaml.safe_dump(sweep))
+    job = [*constant, "seed=2", "optimizer.lr=2e-3", "data.path=texts/${seed}"]
+    (tmp_path / "sweep/3/.hydra/overrides.yaml").write_text(yaml.safe_dump(job))
+    assert run_name(tmp_path / "sweep/3") == "seed=2 optimizer.lr=2e-3"
+    (tmp_path / "sweep/multirun.yaml").unlink()
+    alone = run_name(tmp_path / "sweep/3")
+    assert len(alone) == 128
+    assert alone.startswith("data.some_long_key_0=1000000 ")
+    assert alone.endswith(" ... 3")  # what differs may have been cut off
+
+
+class Listener(Logger):
+    """A logger of somebody else's."""
+
+    name, version = "listener", ""
+    heard: ClassVar[list[Any]] = []
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        self.heard.extend(args)
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        pass
+
+
+def test_every_logger_gets_the_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / ".hydra/resolved.yaml").write_text("model: {hidden_size: 32}\nseed: 3\n")
+    monkeypatch.setattr("hydratron.commands.tracking.logger_class", lambda _: Listener)
+    build_loggers({"_target_": "theirs"}, tmp_path)
+    assert Listener.heard[0]["model"] == {"hidden_size": 32}
+
+
+def test_tensorboard_gets_the_configuration(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="the extra tensorboard is not installed")
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / ".hydra/resolved.yaml").write_text("model: {hidden_size: 32}\nseed: 3\n")
+    target = "pytorch_lightning.loggers.TensorBoardLogger"
+    node = {"_target_": target, "save_dir": str(tmp_path), "name": "tensorboard"}
+    (logger,) = build_loggers(node, tmp_path)
+    logger.save()
+    (written,) = tmp_path.rglob("hparams.yaml")
+    assert yaml.safe_load(written.read_text())["model"] == {"hidden_size": 32}
 
 
 @pytest.mark.slow
@@ -99,9 +189,9 @@ def test_a_stopped_run_says_so_and_a_resumed_one_goes_on_under_its_id(
     hydratron, start, tmp_path: Path, number: signal.Signals, grid: str, exit_code: int
 ) -> None:
     process = start("logger=wandb", "trainer.checkpoint_every=2", f"parallel={grid}")
-    wait_for_step(tmp_path / "run", 3)
+    wait_for_step(tmp_path / "run", 3, process)
     os.kill(process.pid, number)
-    assert process.wait(timeout=60) == exit_code, (tmp_path / "output.txt").read_text()
+    assert process.wait(timeout=PATIENCE) == exit_code, (tmp_path / "output.txt").read_text()
     (stopped,) = read_offline_runs(tmp_path)
     assert stopped.exit_code == exit_code
     steps = int((tmp_path / "run/checkpoints/last").resolve().name.removeprefix("step-"))
@@ -121,7 +211,7 @@ def rank_zero(run_dir: Path) -> int:
             variables = path.with_name("environ").read_bytes().split(b"\0")
         except OSError:
             continue
-        is_worker = "hydratron.launch" in words and "torch.distributed.run" not in words
+        is_worker = "hydratron.launch" in words
         if is_worker and any(str(run_dir) in word for word in words) and b"RANK=1" not in variables:
             return int(path.parent.name)
     raise AssertionError(f"no worker of {run_dir} found")
@@ -130,9 +220,9 @@ def rank_zero(run_dir: Path) -> int:
 @pytest.mark.slow
 def test_the_run_of_a_killed_job_is_ended_by_its_launcher(start, tmp_path: Path) -> None:
     process = start("logger=wandb", "parallel=tp2")
-    wait_for_step(tmp_path / "run", 3)
+    wait_for_step(tmp_path / "run", 3, process)
     os.kill(rank_zero(tmp_path / "run"), signal.SIGKILL)
-    assert process.wait(timeout=60) == 1
+    assert process.wait(timeout=PATIENCE) == 1
     runs = read_offline_runs(tmp_path)
     (ended,) = (run for run in runs if run.exit_code is not None)
     assert ended.exit_code == 1

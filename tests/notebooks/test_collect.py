@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from tests.waiting import PATIENCE
+
 COLLECT = Path(__file__).parents[2] / "experiments" / "collect.py"
 HEADER = "step,train/loss,perf/step_ms,val/loss,train/grad_norm/layer_00,train/grad_norm/layer_01\n"
 
@@ -22,7 +24,7 @@ def write_run(path: Path, seed: int, **result: object) -> None:
 
 def collect(tmp_path: Path, *options: str) -> None:
     given = [sys.executable, COLLECT, tmp_path / "runs", tmp_path, "--hardware", "a laptop"]
-    subprocess.run([*given, "--commit", "1a2b3c4", *options], check=True, timeout=120)
+    subprocess.run([*given, "--commit", "1a2b3c4", *options], check=True, timeout=PATIENCE)
 
 
 def test_results_have_a_row_a_run_with_what_repeats_it(tmp_path: Path) -> None:

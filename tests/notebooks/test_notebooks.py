@@ -6,6 +6,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from tests.waiting import PATIENCE
+
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 
 
@@ -15,7 +17,10 @@ def test_every_notebook_runs_and_draws(path: Path) -> None:
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert not any(cell.outputs for cell in code), "outputs are not kept: nbstripout"
     NotebookClient(
-        notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": path.parent}}
+        notebook,
+        timeout=int(PATIENCE),
+        kernel_name="python3",
+        resources={"metadata": {"path": path.parent}},
     ).execute()
     kinds = {kind for cell in code for output in cell.outputs for kind in output.get("data", {})}
     assert "image/png" in kinds

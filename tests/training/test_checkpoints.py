@@ -19,6 +19,7 @@ from hydratron.training.callbacks import StepCheckpoint
 from hydratron.training.strategy import TensorParallelStrategy
 from tests.distributed import run_distributed
 from tests.pretraining import Job
+from tests.waiting import PATIENCE
 
 STEPS, SAVED = 10, 4
 BOUND = {torch.float64: 1e-9, torch.float32: 5e-6}  # sums in another order over ten steps
@@ -182,7 +183,7 @@ def test_training_goes_on_while_a_save_is_pending(
     write = Writer.write_data
 
     def held_back(self: Any, *arguments: Any) -> Any:
-        assert slow.released.wait(timeout=60)
+        assert slow.released.wait(timeout=PATIENCE)
         return write(self, *arguments)
 
     monkeypatch.setattr(Writer, "write_data", held_back)

@@ -13,6 +13,7 @@ from pytorch_lightning.callbacks import Callback
 
 from tests.end_to_end.conftest import metrics, result
 from tests.pretraining import Job
+from tests.waiting import PATIENCE
 
 pytestmark = pytest.mark.gpu
 GPU = {"accelerator": "gpu"}
@@ -137,7 +138,7 @@ def test_two_gpus_give_the_losses_of_one(tmp_path: Path, name: str) -> None:
             f"trainer.precision={precision}", "trainer.log_every=1", "data.validation_samples=32",
             f"hydra.run.dir={tmp_path / run}", *layout,
         ]  # fmt: skip
-        subprocess.run(command, check=True, timeout=300, env=os.environ)
+        subprocess.run(command, check=True, timeout=PATIENCE, env=os.environ)
         assert result(tmp_path / run)["status"] == "ok"
     first, second = (metrics(tmp_path / run)["train/loss"] for run in ("one", "two"))
     assert len(first) == 50
@@ -148,7 +149,7 @@ def test_two_gpus_give_the_losses_of_one(tmp_path: Path, name: str) -> None:
 def test_fp16_overflow_on_one_gpu_skips_the_step_on_both(tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*launcher, "-m", "tests.training.overflow", str(tmp_path)]
-    subprocess.run(command, check=True, timeout=300, env=os.environ)
+    subprocess.run(command, check=True, timeout=PATIENCE, env=os.environ)
     for rank in range(2):
         found = torch.load(tmp_path / f"rank-{rank}.pt")
         assert found["scales"] == [256.0, 256.0, 128.0, 128.0]

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Optional
 
 from omegaconf import OmegaConf
 
@@ -19,21 +19,21 @@ from hydratron.settings import (
 
 # also what is read beside the settings' dataclasses: sizes that count the processes of a job, and
 # what finetune and evaluate choose anew of a pretrained network
-KEYS = {
+KEYS: dict[str, Any] = {
     "seed": Seed,
     "rows": Count,
-    "runs": tuple[Text, ...] | None,
+    "runs": Optional[tuple[Text, ...]],
     "split": Annotated[str, one_of("validation", "test")],
     "to": Annotated[str, one_of("huggingface", "hydratron")],
     "parallel.tensor_parallel_size": GroupSize,
     "parallel.data_parallel_size": GroupSize,
     "trainer.num_nodes": GroupSize,
-    "trainer.devices": GroupSize | None,
+    "trainer.devices": Optional[GroupSize],
     "data.evaluation_batch_size": BatchSize,
-    "model.hidden_dropout": ShareBelowOne | None,
-    "model.attention_dropout": ShareBelowOne | None,
-    "model.path": Text | None,
-} | dict.fromkeys(("checkpoint", "tokenizer", "output", "calibration", "resume"), Text | None)
+    "model.hidden_dropout": Optional[ShareBelowOne],
+    "model.attention_dropout": Optional[ShareBelowOne],
+    "model.path": Optional[Text],
+} | dict.fromkeys(("checkpoint", "tokenizer", "output", "calibration", "resume"), Optional[Text])
 
 
 def check_keys(config: Mapping[str, Any], root: Path) -> None:

@@ -10,12 +10,23 @@ from pytorch_lightning.plugins.environments import (
     TorchElasticEnvironment,
 )
 
-from hydratron.processes import is_external_launch
+from hydratron.processes import RENDEZVOUS, is_external_launch
 from hydratron.training.config import TrainerConfig
+
+
+class RanksOfOneMachine(LightningEnvironment):
+    """Processes that `processes.start_ranks` made: they meet in a file and listen on no network."""
+
+    @property
+    def init_method(self) -> str:
+        """Where torch's process group finds its peers."""
+        return f"file://{os.environ[RENDEZVOUS]}"
 
 
 def cluster_environment() -> ClusterEnvironment:
     """Return Lightning's view of the processes that exist."""
+    if RENDEZVOUS in os.environ:
+        return RanksOfOneMachine()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return TorchElasticEnvironment()
     if is_external_launch():

@@ -16,7 +16,7 @@ from hydratron.commands.tasks import (
     fill,
     open_source,
 )
-from hydratron.commands.tracking import check_installed, note, tracked
+from hydratron.commands.tracking import check_logger, note, tracked
 from hydratron.settings import build
 from hydratron.training.config import ParallelConfig, TrainerConfig
 from hydratron.training.finetuning import FinetuneJob, finetune
@@ -41,7 +41,7 @@ def read_settings(
     config: Mapping[str, Any],
 ) -> tuple[Task, BatchConfig, OptimizerConfig, ParallelConfig]:
     """Check a configuration without opening a file; ValueError says what is wrong with it."""
-    check_installed(config["logger"])
+    check_logger(config["logger"])
     task = build_task(config.get("task"), FINETUNED)
     batches = build(BatchConfig, config["data"], name="data")
     optimizer = build(OptimizerConfig, config["optimizer"], name="optimizer")

@@ -9,7 +9,7 @@ from hydratron.data.config import DataConfig
 from hydratron.data.executors import ExecutorConfig
 from hydratron.data.prepare import Preparation, check_preparation, prepare_corpus
 from hydratron.data.sources import CorpusConfig, Source, StepsConfig
-from hydratron.launch import JobFailed
+from hydratron.result import JobFailed
 from hydratron.settings import build
 
 

@@ -8,21 +8,19 @@ from typing import Any
 from pytorch_lightning.loggers import Logger
 
 from hydratron.arguments import InputError
-from hydratron.checkpoint.manifest import CheckpointError, newest_checkpoint, step_directories
+from hydratron.checkpoint.manifest import step_directories
 from hydratron.checkpoint.runs import flatten
 from hydratron.checkpoint.sharded import check_space
 from hydratron.checkpoint.source import TOKENIZER
 from hydratron.commands.environment import check_devices, cluster_environment
-from hydratron.commands.tracking import check_installed, note, tracked
+from hydratron.commands.tracking import check_logger, note, tracked
 from hydratron.data.config import DataConfig
-from hydratron.launch import JobFailed
 from hydratron.models.config import ModelConfig
 from hydratron.settings import build
 from hydratron.training.callbacks import NUM_KEPT, Throughput, setting_changes, stopped_by
 from hydratron.training.config import ParallelConfig, TrainerConfig
 from hydratron.training.datamodule import PretrainingData
 from hydratron.training.metrics import MetricsFile
-from hydratron.training.module import NonFiniteLossError
 from hydratron.training.optimisation import OptimizerConfig
 from hydratron.training.pretraining import PretrainingModule, num_parameters
 from hydratron.training.trainer import CHECKPOINTS, build_trainer
@@ -61,9 +59,14 @@ def prepare(config: Mapping[str, Any]) -> PretrainJob:
     trainer = build(TrainerConfig, config["trainer"], name="trainer")
     parallel = build(ParallelConfig, config["parallel"], name="parallel")
     check_devices(trainer, parallel.world_size)
-    check_installed(config["logger"])
+    check_logger(config["logger"])
     model.check_tensor_parallel(parallel.tensor_parallel_size)
     check_validation(data, num_steps=trainer.max_steps)
+    if data.validation_samples < parallel.data_parallel_size:
+        raise ValueError(
+            f"data.validation_samples {data.validation_samples} is less than"
+            f" data_parallel_size {parallel.data_parallel_size}: each replica needs one"
+        )
     if optimizer.shard and trainer.precision == "16-mixed":
         raise ValueError("optimizer.shard works with every trainer.precision but 16-mixed")
     return PretrainJob(
@@ -138,13 +141,7 @@ def train(job: PretrainJob, run_dir: Path, loggers: Sequence[Logger]) -> dict[st
     if trainer.is_global_zero:
         data.tokenizer.save_pretrained(run_dir / TOKENIZER)
     steps = step_directories(run_dir / CHECKPOINTS)
-    try:
-        trainer.fit(module, datamodule=data, ckpt_path=steps[0] if steps else None)
-    except NonFiniteLossError as error:
-        good = newest_checkpoint(run_dir / CHECKPOINTS) or "none"
-        raise JobFailed(f"{error}; last good checkpoint: {good}") from error
-    except CheckpointError as error:
-        raise JobFailed(str(error)) from error
+    trainer.fit(module, datamodule=data, ckpt_path=steps[0] if steps else None)
     reason = stopped_by(trainer)
     if not reason and module.validated_step != trainer.global_step:
         trainer.validate(module, datamodule=data, verbose=False)

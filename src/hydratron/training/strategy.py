@@ -1,8 +1,8 @@
 """The Lightning strategy for tensor-parallel x data-parallel process groups.
 
 Subclasses ParallelStrategy, not DDPStrategy: that one broadcasts rank 0's weights to the world
-whenever it does not fit, which overwrites tensor-parallel shards. Processes are created outside
-(torch.distributed.run, srun); the strategy never launches any.
+whenever it does not fit, which overwrites tensor-parallel shards. Processes are created outside;
+the strategy never launches any.
 """
 
 from collections.abc import Mapping
@@ -109,6 +109,7 @@ class TensorParallelStrategy(ParallelStrategy):
                 self.cluster_environment,
                 "cpu:gloo,cuda:nccl" if is_cuda else "gloo",
                 timeout=COLLECTIVE_TIMEOUT,
+                init_method=getattr(self.cluster_environment, "init_method", None),
                 device_id=self.root_device if is_cuda else None,
             )
             if self.save_in_background:

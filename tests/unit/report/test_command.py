@@ -14,6 +14,7 @@ from rich.console import Console
 from hydratron.commands.report import main
 from hydratron.report.runs import load_runs
 from hydratron.report.watch import progress_line, remaining_seconds, watch_runs
+from tests.waiting import PATIENCE
 
 
 def test_report_prints_the_table_and_names_the_figure_last(ablation, capsys):
@@ -135,7 +136,7 @@ def test_a_real_browser_shows_the_page_and_its_figure(ablation, tmp_path):
     flags += " --disable-background-networking --disable-component-update --window-size=1100,1000"
     page = (ablation.root / "report" / "report.html").as_uri()
     command = [str(CHROMIUM), *flags.split(), f"--user-data-dir={tmp_path / 'profile'}"]
-    subprocess.run([*command, f"--screenshot={shot}", page], check=True, timeout=120)
+    subprocess.run([*command, f"--screenshot={shot}", page], check=True, timeout=PATIENCE)
     image = matplotlib.image.imread(shot)[..., :3]
     assert (image.min(axis=2) < 0.5).mean() > 0.005
     # The figure is the only thing on the page in the colour of a post-LN curve, #D55E00.
