@@ -1,8 +1,10 @@
 """The keys that a command's configuration has, and what those may be that stand in no group."""
 
+# pyright: reportOperatorIssue=false
+
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 from omegaconf import OmegaConf
 
@@ -22,18 +24,18 @@ from hydratron.settings import (
 KEYS: dict[str, Any] = {
     "seed": Seed,
     "rows": Count,
-    "runs": Optional[tuple[Text, ...]],
+    "runs": tuple[Text, ...] | None,
     "split": Annotated[str, one_of("validation", "test")],
     "to": Annotated[str, one_of("huggingface", "hydratron")],
     "parallel.tensor_parallel_size": GroupSize,
     "parallel.data_parallel_size": GroupSize,
     "trainer.num_nodes": GroupSize,
-    "trainer.devices": Optional[GroupSize],
+    "trainer.devices": GroupSize | None,
     "data.evaluation_batch_size": BatchSize,
-    "model.hidden_dropout": Optional[ShareBelowOne],
-    "model.attention_dropout": Optional[ShareBelowOne],
-    "model.path": Optional[Text],
-} | dict.fromkeys(("checkpoint", "tokenizer", "output", "calibration", "resume"), Optional[Text])
+    "model.hidden_dropout": ShareBelowOne | None,
+    "model.attention_dropout": ShareBelowOne | None,
+    "model.path": Text | None,
+} | dict.fromkeys(("checkpoint", "tokenizer", "output", "calibration", "resume"), Text | None)
 
 
 def check_keys(config: Mapping[str, Any], root: Path) -> None:
