@@ -16,11 +16,11 @@ class Source:
 
     `kind`: "text" (.txt), "jsonl" (.jsonl, .json or .ndjson, one document a line, under
     `text_key`), "wikitext" (articles under " = Title = "), "huggingface" (a dataset by name or
-    path; `subset` and `split`). `path`: a folder, a file, or a pattern with `*`, `?` and `**`; files
-    may be packed (.gz, .zst).
-    `weight`: share of the samples, of all sources or of none: then by tokens. `split_files`: cut each text
-    into chapters or runs of about 2,000 words. `join_lines`: undo newlines inside sentences.
-    `exclude_titles`: a WikiText file whose articles are left out, as those of WikiText-103's test
+    path; `subset` and `split`). `path`: a folder, a file or a pattern with `*`, `?` and `**`; files
+    may be packed (.gz, .zst). `weight`: share of the samples; all sources have one, or none has and
+    their tokens count. `split_files`: cut each text into chapters or runs of about 2,000 words.
+    `join_lines`: undo newlines inside sentences. `exclude_titles`: a WikiText file whose articles
+    are left out, as those of WikiText-103's test
     set are from Wikipedia (Shoeybi et al. 2019, 4.1). `home` and `licence` go to the manifest.
     ValueError for values that cannot be.
     """
