@@ -70,8 +70,9 @@ def style_of(key: str | None, value: Any, index: int) -> tuple[str, Any, str]:
         return FIXED_STYLES[key or "", value]
     index += sum(fixed == key for fixed, _ in FIXED_STYLES)
     turn, place = divmod(index, len(STYLES))
-    color, dashes, marker = (STYLES[(place + turn * n) % len(STYLES)][n] for n in range(3))
-    return color, dashes, marker
+    color, dashes, marker = zip(*(STYLES * 3), strict=True)
+    turn %= len(STYLES)
+    return color[place], dashes[place + turn], marker[place + 2 * turn]
 
 
 def add_title(figure: Figure, title: str, subtitle: str) -> None:
