@@ -1,7 +1,7 @@
 """`hydratron pretrain`: train BERT or GPT-2 from nothing, or go on with a run."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,17 +51,24 @@ class PretrainJob:
         }
 
 
-def prepare(config: Mapping[str, Any]) -> PretrainJob:
-    """Check a configuration and build its corpus; ValueError says what is wrong with it."""
+def prepare(config: Mapping[str, Any], *, num_timed: int | None = None) -> PretrainJob:
+    """Check a configuration and build its corpus; ValueError says what is wrong with it.
+
+    `num_timed`: the steps of a benchmark, of which the last is logged and none is validated.
+    """
     model = build(ModelConfig, config["model"], name="model")
     data = build(DataConfig, config["data"], name="data")
     optimizer = build(OptimizerConfig, config["optimizer"], name="optimizer")
     trainer = build(TrainerConfig, config["trainer"], name="trainer")
     parallel = build(ParallelConfig, config["parallel"], name="parallel")
+    if num_timed is None:
+        check_validation(data, num_steps=trainer.max_steps)
+    else:
+        limits = dict.fromkeys(("max_steps", "log_every", "max_skipped_steps"), num_timed)
+        trainer = replace(trainer, **limits)
     check_devices(trainer, parallel.world_size)
     check_logger(config["logger"])
     model.check_tensor_parallel(parallel.tensor_parallel_size)
-    check_validation(data, num_steps=trainer.max_steps)
     if data.validation_samples < parallel.data_parallel_size:
         raise ValueError(
             f"data.validation_samples {data.validation_samples} is less than"

@@ -6,7 +6,7 @@ from math import inf
 from typing import Annotated, Any
 
 from hydratron.data.deduplication import NearDuplicates
-from hydratron.settings import CountOrZero, Interval, Positive, Text, check, one_of
+from hydratron.settings import Interval, Natural, Positive, Text, check, one_of
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class StepsConfig:
 
     fix_text: bool = True
     language: Text | None = None
-    min_tokens: CountOrZero = 128
+    min_tokens: Natural = 128
     exact_duplicates: bool = True
     near_duplicates: NearDuplicates | None = None
     decontaminate: tuple[Text, ...] = ()

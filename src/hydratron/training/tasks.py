@@ -29,16 +29,7 @@ from hydratron.data.glue import (
 )
 from hydratron.data.tokenizer import PreTrainedTokenizerFast
 from hydratron.models.heads import Classifier, SpanExtractor
-from hydratron.settings import (
-    LARGEST,
-    Count,
-    Interval,
-    SequenceLength,
-    ShareBelowOne,
-    Text,
-    check,
-    one_of,
-)
+from hydratron.settings import BelowOne, Count, Finite, Interval, Length, Text, check, one_of
 
 # What a model says of a split: per name a row for each example, in order.
 Scores = dict[str, list[np.ndarray]]
@@ -70,8 +61,8 @@ class TaskSettings:
     validation_path: Text | None = None
     test_path: Text | None = None
     epochs: Annotated[int, Interval(1, 10_000)] = 3
-    max_seq_len: SequenceLength = 512
-    head_dropout: ShareBelowOne = 0.1
+    max_seq_len: Length = 512
+    head_dropout: BelowOne = 0.1
     patience: Count | None = None
     new_head: bool = False
     scored_with: ClassVar[tuple[str, ...]] = ()
@@ -152,7 +143,7 @@ class ClassificationTask(TaskSettings):
 class RaceTask(TaskSettings):
     """RACE: four options a question (Lai et al. 2017)."""
 
-    max_question_len: SequenceLength = 128
+    max_question_len: Length = 128
     kind: ClassVar[str] = "multiple_choice"
     main_metric: ClassVar[str] = "accuracy"
 
@@ -207,11 +198,11 @@ class SquadTask(TaskSettings):
     """
 
     version: Annotated[str, one_of("1.1", "2.0")] = "1.1"
-    doc_stride: SequenceLength = 128
-    max_query_len: SequenceLength = 64
+    doc_stride: Length = 128
+    max_query_len: Length = 64
     num_best: Annotated[int, Interval(1, 1000)] = 20
-    max_answer_length: SequenceLength = 30
-    null_threshold: Annotated[float, Interval(-LARGEST, LARGEST)] | None = None
+    max_answer_length: Length = 30
+    null_threshold: Finite | None = None
     kind: ClassVar[str] = "span"
     main_metric: ClassVar[str] = "f1"
     scored_with: ClassVar[tuple[str, ...]] = (
