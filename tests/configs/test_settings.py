@@ -36,7 +36,9 @@ WRONG: dict[Any, list[Any]] = {
 
 def built_classes() -> Iterator[type]:
     for path in SOURCE.rglob("*.py"):
-        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        calls = [
+            node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)
+        ]
         names = [
             call.args[0].id
             for call in calls
@@ -63,7 +65,9 @@ def parts(kind: Any) -> Iterator[Any]:
 def settings_classes() -> list[type]:
     found = list(dict.fromkeys(built_classes()))
     for cls in found:  # grows
-        nested = [part for kind in kinds(cls).values() for part in parts(kind) if is_dataclass(part)]
+        nested = [
+            part for kind in kinds(cls).values() for part in parts(kind) if is_dataclass(part)
+        ]
         found += [part for part in nested if isinstance(part, type) and part not in found]
     return found
 
@@ -103,7 +107,9 @@ def test_every_wrong_value_is_one_line_with_key_and_value(cls: Any, key: str, ki
         message = str(caught.value)
         # of a list or a group, the item that is wrong
         item = next(iter(value), value) if isinstance(value, list | dict) else value
-        assert any(shown(part) in message or str(part) in message for part in (value, item)), message
+        assert any(shown(part) in message or str(part) in message for part in (value, item)), (
+            message
+        )
         assert len(message.splitlines()) == 1
 
 

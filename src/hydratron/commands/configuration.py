@@ -2,7 +2,6 @@
 
 # pyright: reportOperatorIssue=false
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,8 +34,9 @@ KEYS: dict[str, Any] = {
 } | dict.fromkeys(("checkpoint", "tokenizer", "output", "calibration", "resume"), Name)
 
 
-def check_keys(config: Mapping[str, Any], root: Path) -> None:
-    """Check a resolved configuration before anything is read, written or counted by it.
+def check_keys(config: dict[str, Any], root: Path) -> None:
+    """Check a resolved configuration before anything is read, written or counted by it; values
+    take the declared type.
 
     `root` is the file in `conf/` of the command.
 
@@ -52,5 +52,5 @@ def check_keys(config: Mapping[str, Any], root: Path) -> None:
     for name, kind in KEYS.items():
         group, _, key = name.rpartition(".")
         node = config.get(group) if group else config
-        if isinstance(node, Mapping) and key in node:
-            convert(node[key], kind, name)
+        if isinstance(node, dict) and key in node:
+            node[key] = convert(node[key], kind, name)

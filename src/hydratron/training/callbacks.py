@@ -59,8 +59,8 @@ class StepCheckpoint(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.last_saved = trainer.global_step
         if trainer.is_global_zero:
-            for path in self.directory.glob(f"{NAME_PREFIX}*.tmp"):  # a killed save or removal
-                shutil.rmtree(path)
+            for path in self.directory.glob("*.tmp"):  # a killed save, removal or link
+                path.unlink() if path.is_symlink() else shutil.rmtree(path)
             if self.last_saved:  # killed between a checkpoint and its link
                 self._link_and_prune(trainer, self.directory / f"{NAME_PREFIX}{self.last_saved}")
 

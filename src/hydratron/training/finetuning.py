@@ -240,6 +240,10 @@ class StopWhenWorse(Callback):
         self.objective, self.patience, self.directory = objective, patience, directory
         self.num_worse = 0
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # killed between the last checkpoint and the result
+        trainer.should_stop = self.num_worse >= self.patience
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
             return
@@ -363,7 +367,7 @@ def finetune(
     if reason := stopped_by(trainer):
         stopped = {"status": "preempted", "stopped_by": reason, "steps": trainer.global_step}
         return stopped | module.last_metrics
-    if module.validated_step != trainer.global_step:
+    if module.validated_step != trainer.global_step or objective.best_step < 0:
         trainer.validate(module, datamodule=job.data, verbose=False)
     metrics = module.last_metrics | objective.best_metrics
     return (

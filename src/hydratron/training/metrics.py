@@ -55,6 +55,19 @@ class MetricsFile(Logger):
             row["step"] = int(row["step"])
         self._rewrite()
 
+    def last_values(self) -> dict[str, float]:
+        """Return the last value of every metric; none on ranks other than 0, which have no file."""
+        values: dict[str, float] = {}
+        for row in self.rows:
+            values |= {k: float(v) for k, v in row.items() if k != "step" and v not in ("", None)}
+        return values
+
+    def is_validated(self, step: int) -> bool:
+        """Whether the newest row is that of `step` and holds what a validation found."""
+        newest = self.rows[-1] if self.rows else {"step": -1}
+        held = (key for key, value in newest.items() if value not in ("", None))
+        return newest["step"] == step and any(key.startswith("val/") for key in held)
+
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         is_same_row = bool(self.rows) and self.rows[-1]["step"] == step

@@ -184,8 +184,11 @@ class TrainingModule(LightningModule):
 
     def on_train_start(self) -> None:
         for logger in self.loggers:
-            if isinstance(logger, MetricsFile) and self.trainer.global_step:
-                logger.continue_after(self.trainer.global_step)
+            if isinstance(logger, MetricsFile) and (step := self.trainer.global_step):
+                logger.continue_after(step)
+                found = (logger.last_values(), logger.is_validated(step))
+                self.last_metrics, is_validated = self.strategy.broadcast(found)
+                self.validated_step = step if is_validated else -1
         restart_schedule(
             self.optimizers().optimizer,  # pyright: ignore
             self.lr_schedulers(),  # pyright: ignore
