@@ -136,6 +136,8 @@ def _load(path: Path) -> dict[str, Any]:
                 " tensors, plain values and argparse.Namespace is read"
             ) from error
         what = (str(error) or type(error).__name__).splitlines()[0]
+        if "weights_only" in what:  # torch advises to run what the file holds
+            what = "it is damaged, or no file of tensors and plain values"
         raise ValueError(f"{path} cannot be read: {what}") from error
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise ValueError(f"{path} is not a Megatron-LM checkpoint: it has no key 'model'")
