@@ -29,6 +29,7 @@ WRONG: dict[Any, list[Any]] = {
     int: [True, 1.5, "x", "", "5", -(10**30), 10**30, *NUMBERS, *GROUPS],
     float: [True, "x", "", "0.5", -(10**400), 10**400, *NUMBERS, *GROUPS],
     str: [True, False, *GROUPS],
+    Any: [5, True, "", *GROUPS],  # of a key outside of the groups: a path or a name
     tuple: ["x", "", 5, True, {}, [None], [[]], [True], [""]],
     dict: ["x", "", 5, True, []],
 }

@@ -15,6 +15,8 @@ def _is_path(value: Any) -> str | None:
 
 
 Name = Annotated[Any, _is_path] | None
+Devices = GroupSize | None
+Dropout = BelowOne | None
 # also what is read beside the settings' dataclasses: sizes that count the processes of a job, and
 # what finetune and evaluate choose anew of a pretrained network
 KEYS: dict[str, Any] = {
@@ -26,10 +28,10 @@ KEYS: dict[str, Any] = {
     "parallel.tensor_parallel_size": GroupSize,
     "parallel.data_parallel_size": GroupSize,
     "trainer.num_nodes": GroupSize,
-    "trainer.devices": GroupSize | None,
+    "trainer.devices": Devices,
     "data.evaluation_batch_size": BatchSize,
-    "model.hidden_dropout": BelowOne | None,
-    "model.attention_dropout": BelowOne | None,
+    "model.hidden_dropout": Dropout,
+    "model.attention_dropout": Dropout,
     "model.path": Name,
 } | dict.fromkeys(("checkpoint", "tokenizer", "output", "calibration", "resume"), Name)
 

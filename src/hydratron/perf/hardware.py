@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from hydratron.settings import (
-    GroupSize,
     Interval,
     NotNegative,
     Positive,
@@ -55,7 +54,7 @@ class Hardware:
     elementwise_efficiency: PositiveShare
     memory_efficiency: PositiveShare
     has_bf16: bool = True
-    num_nodes: GroupSize = 1
+    num_nodes: Annotated[int, Interval(1, 2**20)] = 1
     reserved_gib: NotNegative = 2.0
     workspace_gib: NotNegative = 0.03
     intra_node_latency_us: NotNegative = 4.0
