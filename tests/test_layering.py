@@ -13,6 +13,7 @@ ENTRY = PACKAGES | {
     "arguments",
     "processes",
     "result",
+    "settings",
     "sweeps",
     "torch",
     "lightning",
@@ -21,11 +22,12 @@ ENTRY = PACKAGES | {
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
     "parallel": {"torch", "torch.distributed"},
-    "models": {"torch", "parallel"},
-    "data": {"torch", "transformers"},
-    "training": PACKAGES - {"report", "commands"} | {"torch", "torch.distributed", "lightning"},
-    "checkpoint": {"torch", "torch.distributed", "parallel", "models", "transformers"},
-    "perf": {"torch", "torch.distributed", "parallel", "models"},
+    "models": {"torch", "parallel", "settings"},
+    "data": {"torch", "transformers", "settings"},
+    "training": PACKAGES - {"report", "commands"}
+    | {"torch", "torch.distributed", "lightning", "settings"},
+    "checkpoint": {"torch", "torch.distributed", "parallel", "models", "transformers", "settings"},
+    "perf": {"torch", "torch.distributed", "parallel", "models", "settings"},
     "report": set(),
     "commands": ENTRY,
     "launch": ENTRY,
@@ -33,6 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "processes": set(),
     "result": {"processes"},
     "sweeps": {"hydra", "arguments", "result"},
+    "settings": set(),
     "cli": ENTRY,
 }
 THIRD_PARTY = {

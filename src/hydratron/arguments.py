@@ -88,7 +88,8 @@ def _strings(value: Any, source: Path) -> list[str]:
 
 # what a sweep's own directory may say of how its jobs are launched; `setup`, say, is shell code
 LAUNCHING = ("array_parallelism", "cpus_per_task", "direction", "gpus_per_node", "mem_gb",
-             "n_jobs", "n_trials", "nodes", "partition", "qos", "tasks_per_node", "timeout_min")  # fmt: skip
+             "n_jobs", "n_trials", "nodes", "partition", "qos", "tasks_per_node",
+             "timeout_min")  # fmt: skip
 
 
 def is_launching(override: str) -> bool:
@@ -176,3 +177,19 @@ def refuse_second_sweep(arguments: list[str]) -> None:
     is_new = is_sweep and "resume" not in given
     if is_new and sweep_dir and (Path(sweep_dir) / "multirun.yaml").exists():
         raise InputError(f"{sweep_dir} holds a sweep already; -m resume={sweep_dir} completes it")
+
+
+def refuse_unclear(command: str, arguments: list[str]) -> None:
+    """Raise InputError for two values of one key, a directory without a name, and what a benchmark
+    would ignore.
+    """
+    given: dict[str, str] = {}
+    for key, is_pair, value in (argument.partition("=") for argument in arguments):
+        name = key.lstrip("+")
+        if is_pair and given.setdefault(name, value) != value:
+            raise InputError(f"{name}= is given twice: {given[name]} and {value}")
+    for key in ("hydra.run.dir", "hydra.sweep.dir", "resume"):
+        if not given.get(key, key).strip("'\" "):
+            raise InputError(f"{key}= is empty: it names a directory")
+    if command == "benchmark" and "trainer.max_steps" in given:
+        raise InputError("trainer.max_steps is not a benchmark's: timing.steps are those it times")

@@ -56,6 +56,7 @@ def main() -> None:
         elif command in HYDRA_COMMANDS:
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing
             rest = given[1:]
+            arguments.refuse_unclear(command, rest)
             if any(argument.startswith("resume=") for argument in rest):
                 rest = arguments.resumed_arguments(command, rest)
             rest = arguments.search_arguments(command, rest)

@@ -26,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from hydratron.arguments import InputError, override_dictionary
 from hydratron.checkpoint.runs import FROZEN_CONFIG, write_settings
+from hydratron.commands.configuration import check_keys
 from hydratron.continuation import (
     CONTINUES,
     FINISHED,
@@ -170,6 +171,10 @@ def launch(command: str, config: DictConfig) -> float | None:
     composed = OmegaConf.to_yaml(config)
     OmegaConf.resolve(config)
     plain = cast(dict[str, Any], OmegaConf.to_container(config))
+    try:
+        check_keys(plain, configuration_directory() / f"{command}.yaml")
+    except ValueError as error:
+        raise InputError(str(error)) from error
     job = Job(command, run_dir, plain, override_dictionary(list(hydra_config.overrides.task)))
     with sole_writer(run_dir) if is_first_rank() else contextlib.nullcontext():
         found = standing(job, resumed=bool(config.get("resume")))

@@ -8,11 +8,11 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from hydratron.commands.configuration import build
 from hydratron.data.config import DataConfig
 from hydratron.launch import configuration_directory
 from hydratron.models.config import ModelConfig
 from hydratron.perf.hardware import Hardware
+from hydratron.settings import build
 from hydratron.training.config import ParallelConfig, TrainerConfig
 from hydratron.training.optimisation import OptimizerConfig
 from hydratron.training.pretraining import NETWORKS

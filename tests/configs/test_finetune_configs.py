@@ -7,9 +7,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from hydratron.commands.configuration import build
 from hydratron.commands.tasks import build_task, fill
 from hydratron.launch import configuration_directory
+from hydratron.settings import build
 from hydratron.training.config import TrainerConfig
 from hydratron.training.optimisation import OptimizerConfig
 from hydratron.training.task_data import BatchConfig

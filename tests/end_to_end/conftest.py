@@ -31,6 +31,11 @@ TINY = [
 ]
 
 
+def merged(*arguments: str) -> list[str]:
+    """Of several values of a key, which a command refuses, keep the last: a test's own."""
+    return list({argument.partition("=")[0]: argument for argument in arguments}.values())
+
+
 @pytest.fixture
 def texts(tmp_path: Path) -> Path:
     """A root with a folder of novels in several files and one of passages, some of them twice."""
@@ -55,7 +60,7 @@ def hydratron(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]
         *arguments: str, timeout: float = PATIENCE, **variables: str
     ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [SCRIPT, *arguments],
+            [SCRIPT, *merged(*arguments)],
             cwd=tmp_path,
             env=os.environ | variables,
             capture_output=True,
@@ -74,7 +79,7 @@ def in_process(
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["hydratron", *arguments])
+        monkeypatch.setattr(sys, "argv", ["hydratron", *merged(*arguments)])
         before = signal.getsignal(signal.SIGTERM)
         try:
             code = cli.main() or 0
@@ -139,7 +144,8 @@ def spawn(tmp_path: Path) -> Iterator[Spawn]:
 @pytest.fixture
 def start(spawn: Spawn) -> Spawn:
     """Start a run without end in `tmp_path/run`."""
-    return lambda *arguments: spawn(SCRIPT, "pretrain", *TINY[:-1], *ENDLESS, *arguments)
+    common = ["pretrain", *TINY[:-1], *ENDLESS]
+    return lambda *arguments: spawn(SCRIPT, *merged(*common, *arguments))
 
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes] | None = None) -> None:

@@ -59,12 +59,15 @@ def test_two_ranks_are_timed_as_one(in_process: Run, tmp_path: Path) -> None:
     ("override", "message"),
     [
         ("timing.steps=1", "timing.steps 1 is not at least 2"),
-        ("timing.peer=megatron", "timing.peer 'megatron' is not transformers or null"),
+        ("timing.peer=megatron", "timing.peer 'megatron' is not one of transformers"),
         (
             "trainer.cuda_graphs=true timing.warmup_steps=1",
             "timing.warmup_steps 1 is not at least 2",
         ),
         ("parallel=tp2 timing.peer=transformers", "it needs parallel=single"),
+        ("model=gpt2 layernorm=post timing.peer=transformers", "timing.peer transformers: GPT-2"),
+        ("timing=null", "timing null is not a group of keys"),
+        ("trainer.max_steps=5", "trainer.max_steps is not a benchmark's: timing.steps are"),
     ],
 )
 def test_what_cannot_be_timed_is_one_line(in_process: Run, override: str, message: str) -> None:

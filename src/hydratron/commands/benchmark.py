@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from hydratron.checkpoint.peer import build_peer, peer_batch
+from hydratron.checkpoint.peer import build_peer, check_peer, peer_batch
 from hydratron.commands import pretrain
-from hydratron.commands.configuration import build
 from hydratron.commands.environment import cluster_environment
 from hydratron.perf.devices import peak_tflops
 from hydratron.perf.flops import train_flops
+from hydratron.settings import build
 from hydratron.training.benchmark import StepTimer, TimingConfig, time_network
 from hydratron.training.pretraining import num_parameters
 from hydratron.training.trainer import build_trainer
@@ -30,17 +30,21 @@ class BenchmarkJob:
 def prepare(config: Mapping[str, Any]) -> BenchmarkJob:
     """Check a configuration; ValueError says what is wrong with it."""
     timing = build(TimingConfig, config["timing"], name="timing")
-    # the last step is logged, and so comes after those that are timed and profiled
-    last = timing.total_steps + 1
-    settings = {"max_steps": last, "log_every": last, "max_skipped_steps": last}
-    job = pretrain.prepare(dict(config) | {"trainer": config["trainer"] | settings})
-    if job.trainer.cuda_graphs and timing.warmup_steps < 2:
+    if config["trainer"]["cuda_graphs"] and timing.warmup_steps < 2:
         raise ValueError(
             f"timing.warmup_steps {timing.warmup_steps} is not at least 2: with "
             "trainer.cuda_graphs the second step is the one that is captured"
         )
+    # the last step is logged, and so comes after those that are timed and profiled
+    last = timing.total_steps + 1
+    settings = {"max_steps": last, "log_every": last, "max_skipped_steps": last}
+    unused = {"validation_samples": 1}
+    groups = {"trainer": config["trainer"] | settings, "data": config["data"] | unused}
+    job = pretrain.prepare(dict(config) | groups)
     if timing.peer and job.parallel.world_size > 1:
         raise ValueError(f"timing.peer {timing.peer} runs on one device: it needs parallel=single")
+    if timing.peer:
+        check_peer(job.module.model_config)
     return BenchmarkJob(job, timing)
 
 

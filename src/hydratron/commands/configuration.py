@@ -1,52 +1,57 @@
-"""Where OmegaConf stops: composed configurations become frozen dataclasses."""
+"""The keys that a command's configuration has, and what those may be that stand in no group."""
 
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Annotated, Any
 
-import torch
 from omegaconf import OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from hydratron.processes import is_external_launch
-from hydratron.training.config import TrainerConfig
+from hydratron.settings import (
+    BatchSize,
+    Count,
+    GroupSize,
+    Seed,
+    ShareBelowOne,
+    Text,
+    convert,
+    one_of,
+)
 
-ConfigT = TypeVar("ConfigT")
+# also what is read beside the settings' dataclasses: sizes that count the processes of a job, and
+# what finetune and evaluate choose anew of a pretrained network
+KEYS = {
+    "seed": Seed,
+    "rows": Count,
+    "runs": tuple[Text, ...] | None,
+    "split": Annotated[str, one_of("validation", "test")],
+    "to": Annotated[str, one_of("huggingface", "hydratron")],
+    "parallel.tensor_parallel_size": GroupSize,
+    "parallel.data_parallel_size": GroupSize,
+    "trainer.num_nodes": GroupSize,
+    "trainer.devices": GroupSize | None,
+    "data.evaluation_batch_size": BatchSize,
+    "model.hidden_dropout": ShareBelowOne | None,
+    "model.attention_dropout": ShareBelowOne | None,
+    "model.path": Text | None,
+} | dict.fromkeys(("checkpoint", "tokenizer", "output", "calibration", "resume"), Text | None)
 
 
-def build(cls: type[ConfigT], node: Mapping[str, Any], *, name: str) -> ConfigT:
-    """Turn the group `name` into the dataclass `cls`, which validates itself.
+def check_keys(config: Mapping[str, Any], root: Path) -> None:
+    """Check a resolved configuration before anything is read, written or counted by it.
+
+    `root` is the file in `conf/` of the command.
 
     Raises:
-        ValueError: an unknown key, a missing value or one of the wrong type, by its full name.
+        ValueError: a group or a key of the command is not there, or a value cannot be.
     """
-    assert is_dataclass(cls)
-    known = [field.name for field in fields(cls)]
-    for key in node:
-        if key not in known:
-            raise ValueError(f"unknown key {name}.{key}; known: {', '.join(known)}")
-    schema = OmegaConf.structured(cls)
-    OmegaConf.set_readonly(schema, False)
-    for field in fields(cls):
-        if is_dataclass(field.type):
-            schema[field.name] = OmegaConf.structured(field.type, flags={"readonly": False})
-    try:
-        values: Any = OmegaConf.to_object(OmegaConf.merge(schema, dict(node)))
-    except MissingMandatoryValue as error:
-        raise ValueError(f"{name}.{error.full_key}= is missing") from error
-    except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{name}.{getattr(error, 'full_key', '')}: {reason}") from error
-    return values
-
-
-def check_devices(trainer: TrainerConfig, world_size: int) -> None:
-    """Raise ValueError where this machine has fewer GPUs than a node of the job needs.
-
-    Under srun or torchrun the launcher has given each process its own.
-    """
-    needed = trainer.local_devices(world_size)
-    if trainer.accelerator == "gpu" and not is_external_launch():
-        found = torch.cuda.device_count()
-        if found < needed:
-            raise ValueError(f"the job needs {needed} GPUs a node and this machine has {found}")
+    wanted: Any = OmegaConf.to_container(OmegaConf.load(root))
+    chosen = [entry for entry in wanted.get("defaults", []) if isinstance(entry, dict)]
+    groups = [group for entry in chosen for group in entry]
+    for key in (*groups, *wanted):
+        if key not in (*config, "defaults", "hydra", "experiment"):
+            raise ValueError(f"{key}= is missing: hydratron {root.stem} needs it")
+    for name, kind in KEYS.items():
+        group, _, key = name.rpartition(".")
+        node = config.get(group) if group else config
+        if isinstance(node, Mapping) and key in node:
+            convert(node[key], kind, name)

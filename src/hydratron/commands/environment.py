@@ -2,6 +2,7 @@
 
 import os
 
+import torch
 from pytorch_lightning.plugins.environments import (
     ClusterEnvironment,
     LightningEnvironment,
@@ -10,6 +11,7 @@ from pytorch_lightning.plugins.environments import (
 )
 
 from hydratron.processes import RENDEZVOUS, is_external_launch
+from hydratron.training.config import TrainerConfig
 
 
 class RanksOfOneMachine(LightningEnvironment):
@@ -30,3 +32,15 @@ def cluster_environment() -> ClusterEnvironment:
     if is_external_launch():
         return SLURMEnvironment(auto_requeue=False)
     return LightningEnvironment()
+
+
+def check_devices(trainer: TrainerConfig, world_size: int) -> None:
+    """Raise ValueError where this machine has fewer GPUs than a node of the job needs.
+
+    Under srun or torchrun the launcher has given each process its own.
+    """
+    needed = trainer.local_devices(world_size)
+    if trainer.accelerator == "gpu" and not is_external_launch():
+        found = torch.cuda.device_count()
+        if found < needed:
+            raise ValueError(f"the job needs {needed} GPUs a node and this machine has {found}")

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from hydratron.commands import tasks
-from hydratron.commands.configuration import build
 from hydratron.commands.environment import cluster_environment
+from hydratron.settings import build
 from hydratron.training.config import ParallelConfig, TrainerConfig
 from hydratron.training.evaluation import evaluate, load_ensemble, score_ensemble
 from hydratron.training.finetuning import OUTPUT, Finetuning

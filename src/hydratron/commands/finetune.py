@@ -8,10 +8,10 @@ from typing import Any
 from pytorch_lightning.loggers import Logger
 
 from hydratron.checkpoint.runs import flatten
-from hydratron.commands.configuration import build
 from hydratron.commands.environment import cluster_environment
 from hydratron.commands.tasks import build_task, describe_source, fill, open_source
 from hydratron.commands.tracking import check_logger, note, tracked
+from hydratron.settings import build
 from hydratron.training.config import ParallelConfig, TrainerConfig
 from hydratron.training.finetuning import FinetuneJob, finetune
 from hydratron.training.optimisation import OptimizerConfig

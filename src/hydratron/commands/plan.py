@@ -8,7 +8,6 @@ from typing import Any
 
 from rich.console import Console
 
-from hydratron.commands.configuration import build
 from hydratron.commands.report import FILE_WIDTH
 from hydratron.commands.steps import read_measured_step, read_step
 from hydratron.launch import InputError
@@ -18,6 +17,7 @@ from hydratron.perf.hardware import Hardware
 from hydratron.perf.planner import nearest_fit, search, weak_scaling
 from hydratron.perf.step import StepConfig
 from hydratron.report.planning import show_plan
+from hydratron.settings import build
 
 
 @dataclass(frozen=True)

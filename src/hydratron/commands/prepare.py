@@ -2,17 +2,15 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hydratron.commands.configuration import build
 from hydratron.data.config import DataConfig
-from hydratron.data.deduplication import NearDuplicates
 from hydratron.data.executors import ExecutorConfig
 from hydratron.data.prepare import Preparation, check_preparation, prepare_corpus
 from hydratron.data.sources import CorpusConfig, Source, StepsConfig
 from hydratron.result import JobFailed
+from hydratron.settings import build
 
 
 def prepare(config: Mapping[str, Any]) -> Preparation:
@@ -22,7 +20,6 @@ def prepare(config: Mapping[str, Any]) -> Preparation:
     data = build(DataConfig, config["data"] | named, name="data")
     if data.path is None:
         raise ValueError("output= is missing, the folder to prepare")
-    near = config["steps"]["near_duplicates"]
     corpus = CorpusConfig(
         sources={
             name: build(Source, node, name=f"data.sources.{name}")
@@ -32,10 +29,7 @@ def prepare(config: Mapping[str, Any]) -> Preparation:
         vocab_size=config["model"]["vocab_size"],
         lowercase=data.lowercase,
         split_into_sentences=config["model"]["family"] == "bert",
-        steps=replace(
-            build(StepsConfig, config["steps"] | {"near_duplicates": None}, name="steps"),
-            near_duplicates=near and build(NearDuplicates, near, name="steps.near_duplicates"),
-        ),
+        steps=build(StepsConfig, config["steps"], name="steps"),
     )
     executor = build(ExecutorConfig, config["executor"], name="executor")
     return check_preparation(corpus, Path(data.path).expanduser(), executor)

@@ -12,11 +12,11 @@ from hydratron.checkpoint.manifest import step_directories
 from hydratron.checkpoint.runs import flatten
 from hydratron.checkpoint.sharded import check_space
 from hydratron.checkpoint.source import TOKENIZER
-from hydratron.commands.configuration import build, check_devices
-from hydratron.commands.environment import cluster_environment
+from hydratron.commands.environment import check_devices, cluster_environment
 from hydratron.commands.tracking import check_logger, note, tracked
 from hydratron.data.config import DataConfig
 from hydratron.models.config import ModelConfig
+from hydratron.settings import build
 from hydratron.training.callbacks import NUM_KEPT, Throughput, setting_changes, stopped_by
 from hydratron.training.config import ParallelConfig, TrainerConfig
 from hydratron.training.datamodule import PretrainingData
@@ -24,6 +24,8 @@ from hydratron.training.metrics import MetricsFile
 from hydratron.training.optimisation import OptimizerConfig
 from hydratron.training.pretraining import PretrainingModule, num_parameters
 from hydratron.training.trainer import CHECKPOINTS, build_trainer
+
+SHORT_VALIDATION = 2**16  # samples
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ def prepare(config: Mapping[str, Any]) -> PretrainJob:
             f"data.validation_samples {data.validation_samples} is less than"
             f" data_parallel_size {parallel.data_parallel_size}: each replica needs one"
         )
+    check_validation(data, num_steps=trainer.max_steps)
     if optimizer.shard and trainer.precision == "16-mixed":
         raise ValueError("optimizer.shard works with every trainer.precision but 16-mixed")
     return PretrainJob(
@@ -83,11 +86,21 @@ def prepare(config: Mapping[str, Any]) -> PretrainJob:
             compile=trainer.compile,
             fp8=trainer.precision == "fp8",
             interleave=parallel.interleave,
-            cuda_graphs=trainer.cuda_graphs,
+            cuda_graphs=bool(trainer.cuda_graphs),
         ),
         loggers=config["logger"],
         settings=flatten(config),
     )
+
+
+def check_validation(data: DataConfig, *, num_steps: int) -> None:
+    """Raise ValueError where one validation would be longer than training, and not a short one."""
+    trained = num_steps * data.global_batch_size
+    if data.validation_samples > max(trained, SHORT_VALIDATION):
+        raise ValueError(
+            f"data.validation_samples {data.validation_samples} is more than the {trained} samples"
+            f" that the run trains on; up to {SHORT_VALIDATION} are always allowed"
+        )
 
 
 def run(job: PretrainJob, run_dir: Path) -> dict[str, Any]:

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from hydratron.checkpoint.runs import read_run_config
-from hydratron.commands.configuration import build
 from hydratron.data.config import DataConfig
 from hydratron.models.config import ModelConfig
 from hydratron.perf.step import StepConfig
 from hydratron.result import read_result
+from hydratron.settings import build
 from hydratron.training.config import ParallelConfig, TrainerConfig
 from hydratron.training.optimisation import OptimizerConfig
 

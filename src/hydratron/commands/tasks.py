@@ -19,10 +19,10 @@ from hydratron.checkpoint.source import (
     read_checkpoint,
     write_model,
 )
-from hydratron.commands.configuration import build
 from hydratron.data.encodings import make_frame
 from hydratron.data.tokenizer import PreTrainedTokenizerFast, load_tokenizer
 from hydratron.processes import is_first_rank
+from hydratron.settings import build
 from hydratron.training.finetuning import BEST, PretrainedBert
 from hydratron.training.task_data import BatchConfig, TaskData
 from hydratron.training.tasks import GROUPS, Task

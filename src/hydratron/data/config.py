@@ -1,9 +1,31 @@
 """The settings of pretraining's data, free of the libraries that read it: a plan needs no more."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 from hydratron.data.bert import most_masked
+from hydratron.settings import (
+    BatchSize,
+    Count,
+    SequenceLength,
+    Share,
+    ShareBetween,
+    Text,
+    Workers,
+    check,
+    one_of,
+)
+
+
+def cache_folder(cache_dir: str) -> Path:
+    """Return the folder that `data.cache_dir` names, and make it; ValueError where that fails."""
+    folder = Path(cache_dir).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"data.cache_dir {cache_dir!r}: {error.strerror}") from error
+    return folder
 
 
 @dataclass(frozen=True)
@@ -20,36 +42,31 @@ class DataConfig:
         ValueError: a value that cannot be, by name and rule.
     """
 
-    source: str
-    path: str | None
-    tokenizer: str
-    cache_dir: str
-    seq_len: int
-    global_batch_size: int
-    micro_batch_size: int | None = None
+    source: Annotated[str, one_of("text", "indexed", "blend")]
+    path: Text | None
+    tokenizer: Text
+    cache_dir: Text
+    seq_len: SequenceLength
+    global_batch_size: BatchSize
+    micro_batch_size: BatchSize | None = None
     lowercase: bool = True
-    holdout: float = 0.03
-    validation_samples: int = 256
-    masked_fraction: float = 0.15
-    max_ngram: int = 3
-    short_sample_fraction: float = 0.1
-    num_workers: int = 0
-    root: str | None = None
+    holdout: ShareBetween = 0.03
+    validation_samples: Count = 256
+    masked_fraction: ShareBetween = 0.15
+    max_ngram: Count = 3
+    short_sample_fraction: Share = 0.1
+    num_workers: Workers = 0
+    root: Text | None = None
     sources: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.source not in ("text", "indexed", "blend"):
-            raise ValueError(f"data.source {self.source!r} is not one of text, indexed, blend")
+        check(self, "data")
         if self.source == "indexed" and self.path is None:
             raise ValueError("data=indexed needs data.path, the prefix of a .bin/.idx corpus")
         if self.source == "blend" and self.path is None:
             raise ValueError("a blend needs data.path, a folder of `hydratron prepare`")
-        for key in ("path", "cache_dir"):
-            if getattr(self, key) is not None and not getattr(self, key).strip():
-                raise ValueError(f"data.{key} {getattr(self, key)!r} is empty")
-        for key in ("seq_len", "global_batch_size", "validation_samples"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"data.{key} {getattr(self, key)} is not positive")
+        if self.max_ngram > self.seq_len:
+            raise ValueError(f"data.max_ngram {self.max_ngram} exceeds data.seq_len {self.seq_len}")
 
     def micro_batch(self, data_parallel_size: int) -> int:
         """Return the sequences of one forward pass on one rank.

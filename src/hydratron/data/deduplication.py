@@ -8,9 +8,11 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
+
+from hydratron.settings import Interval, ShareBetween, check
 
 _SEED = 1  # of the hash functions: part of the format, not a setting
 _NEIGHBOURS = 64  # members of a bucket each document is paired with, besides the bucket's first
@@ -27,17 +29,14 @@ class NearDuplicates:
     Fewer hashes a band find more and compare more. ValueError for values that cannot be.
     """
 
-    threshold: float = 0.7
-    ngram: int = 5
-    num_hashes: int = 180
-    num_bands: int = 20
+    threshold: ShareBetween = 0.7
+    ngram: Annotated[int, Interval(1, 1000)] = 5
+    num_hashes: Annotated[int, Interval(1, 10_000)] = 180
+    num_bands: Annotated[int, Interval(1, 10_000)] = 20
 
     def __post_init__(self) -> None:
-        if not 0 < self.threshold < 1:
-            raise ValueError(f"jaccard threshold {self.threshold} is not between 0 and 1")
-        if self.ngram < 1:
-            raise ValueError(f"shingles of {self.ngram} characters are below 1")
-        if self.num_bands < 1 or self.num_hashes % self.num_bands:
+        check(self, "steps.near_duplicates")
+        if self.num_hashes % self.num_bands:
             raise ValueError(
                 f"num_hashes {self.num_hashes} is not divisible by num_bands {self.num_bands}"
             )

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from threading import Event, Thread
-from typing import Any
+from typing import Annotated, Any
 
 from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 from multiprocess.process import parent_process
 from multiprocess.util import register_after_fork
+
+from hydratron.settings import Interval, Text, check, one_of
 
 _POLL_SECONDS = 2.0
 Stages = Mapping[str, tuple[list[PipelineStep], int]]  # by name: its steps, the number of its tasks
@@ -30,18 +32,15 @@ class ExecutorConfig:
     SLURM's sbatch. ValueError for values that cannot be.
     """
 
-    kind: str = "local"
-    workers: int | None = None
-    partition: str | None = None
-    time: str = "24:00:00"
-    memory_gb: int = 4
+    kind: Annotated[str, one_of("local", "slurm")] = "local"
+    workers: Annotated[int, Interval(1, 10_000)] | None = None
+    partition: Text | None = None
+    time: Text = "24:00:00"
+    memory_gb: Annotated[int, Interval(1, 2**16)] = 4
     qos: str = ""
 
     def __post_init__(self) -> None:
-        if self.kind not in ("local", "slurm"):
-            raise ValueError(f"executor.kind {self.kind!r} is not one of local, slurm")
-        if self.workers is not None and self.workers < 1:
-            raise ValueError(f"executor.workers {self.workers} is not positive")
+        check(self, "executor")
         if self.kind == "slurm" and self.partition is None:
             raise ValueError("executor.kind slurm needs executor.partition")
 

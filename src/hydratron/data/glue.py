@@ -24,6 +24,7 @@ from hydratron.data.examples import (
     read_lines,
     write_text,
 )
+from hydratron.settings import Text, check
 
 # GLUE's QQP has a few rows in 360,000 that a line feed inside a question broke in two, and every
 # published result leaves them out. More than this share means another kind of file.
@@ -64,35 +65,29 @@ class GlueTask:
             metric.
     """
 
-    name: str
-    text_columns: tuple[str, ...]
-    labels: tuple[str, ...]
-    label_column: str = "label"
-    integer_labels: tuple[str, ...] = ()
-    tsv_text_columns: tuple[str, ...] = ()
+    name: Text
+    text_columns: tuple[Text, ...]
+    labels: tuple[Text, ...]
+    label_column: Text = "label"
+    integer_labels: tuple[Text, ...] = ()
+    tsv_text_columns: tuple[Text, ...] = ()
     tsv_label_column: str = ""
-    tsv_header: tuple[str, ...] = ()
-    hub_name: str = "nyu-mll/glue"
+    tsv_header: tuple[Text, ...] = ()
+    hub_name: Text = "nyu-mll/glue"
     hub_config: str = ""
-    validation_splits: tuple[str, ...] = ("validation",)
-    metrics: tuple[str, ...] = ("accuracy",)
+    validation_splits: tuple[Text, ...] = ("validation",)
+    metrics: tuple[Text, ...] = ("accuracy",)
 
     def __post_init__(self) -> None:
-        defaults: dict[str, Sequence[str]] = {
-            "text_columns": (),
-            "labels": (),
+        check(self, "task.spec")
+        defaults = {
             "integer_labels": self.labels,
             "tsv_text_columns": self.text_columns,
-            "tsv_header": (),
-            "validation_splits": (),
-            "metrics": (),
+            "tsv_label_column": self.label_column,
+            "hub_config": self.name,
         }
         for name, default in defaults.items():
-            # Lists, and labels that are numbers, come so from a yaml file.
-            value = tuple(str(item) for item in getattr(self, name) or default)
-            object.__setattr__(self, name, value)
-        object.__setattr__(self, "tsv_label_column", self.tsv_label_column or self.label_column)
-        object.__setattr__(self, "hub_config", self.hub_config or self.name)
+            object.__setattr__(self, name, getattr(self, name) or default)
         if not 1 <= len(self.text_columns) == len(self.tsv_text_columns) <= 2:
             raise ValueError(f"task {self.name}: text_columns must be one or two, the same in tsv")
         if len(self.labels) < 2 or len(set(self.labels)) < len(self.labels):

@@ -3,11 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf
-from typing import Any
+from typing import Annotated, Any
 
 from hydratron.data.deduplication import NearDuplicates
-
-KINDS = ("text", "jsonl", "wikitext", "huggingface")
+from hydratron.settings import CountOrZero, Interval, Positive, Text, check, one_of
 
 
 @dataclass(frozen=True)
@@ -24,24 +23,21 @@ class Source:
     ValueError for values that cannot be.
     """
 
-    kind: str
-    path: str
-    weight: float | None = None
-    text_key: str = "text"
-    title_key: str = "title"
-    subset: str | None = None
-    split: str = "train"
+    kind: Annotated[str, one_of("text", "jsonl", "wikitext", "huggingface")]
+    path: Text
+    weight: Positive | None = None
+    text_key: Text = "text"
+    title_key: Text = "title"
+    subset: Text | None = None
+    split: Text = "train"
     split_files: bool = False
     join_lines: bool = False
-    exclude_titles: str | None = None
+    exclude_titles: Text | None = None
     home: str = ""
     licence: str = ""
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"kind {self.kind!r} of a source is not one of {', '.join(KINDS)}")
-        if self.weight is not None and not 0 < self.weight < inf:
-            raise ValueError(f"weight {self.weight} of a source is not positive")
+        check(self, "source")
 
 
 def check_weights(weights: Mapping[str, Any]) -> None:
@@ -70,19 +66,16 @@ class StepsConfig:
     """
 
     fix_text: bool = True
-    language: str | None = None
-    min_tokens: int = 128
+    language: Text | None = None
+    min_tokens: CountOrZero = 128
     exact_duplicates: bool = True
     near_duplicates: NearDuplicates | None = None
-    decontaminate: tuple[str, ...] = ()
-    decontaminate_ngram: int = 13
-    shard_megabytes: int = 16
+    decontaminate: tuple[Text, ...] = ()
+    decontaminate_ngram: Annotated[int, Interval(1, 1000)] = 13
+    shard_megabytes: Annotated[int, Interval(1, 2**20)] = 16
 
     def __post_init__(self) -> None:
-        for key in ("min_tokens", "decontaminate_ngram", "shard_megabytes"):
-            if getattr(self, key) < (key != "min_tokens"):
-                raise ValueError(f"steps.{key} {getattr(self, key)} is too small")
-        object.__setattr__(self, "decontaminate", tuple(self.decontaminate))
+        check(self, "steps")
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,22 @@
 """The shape of a network, as true global numbers: nothing here depends on the parallel layout."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
-CHOICES = {
-    "family": ("bert", "gpt2"),
-    "layernorm": ("pre", "post"),
-    "init": ("scaled", "plain"),
-    "recompute": ("none", "selective", "full"),
-    "activation": ("gelu", "gelu_tanh"),
-}
+from hydratron.settings import (
+    Interval,
+    Positive,
+    SequenceLength,
+    ShareBelowOne,
+    check,
+    one_of,
+)
+
+RECOMPUTE = ("none", "selective", "full")
+LayerNormPlacement = Annotated[str, one_of("pre", "post")]
+Initialisation = Annotated[str, one_of("scaled", "plain")]
+Recompute = Annotated[str, one_of(*RECOMPUTE)]
+Width = Annotated[int, Interval(1, 2**20)]
 
 
 @dataclass(frozen=True)
@@ -25,42 +33,31 @@ class ModelConfig:
         ValueError: a size or a choice that cannot be, by name and rule.
     """
 
-    family: str
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    vocab_size: int
-    max_seq_len: int
-    intermediate_size: int | None = None
-    num_token_types: int = 2
-    layernorm: str = "pre"
-    init: str = "scaled"
-    init_std: float = 0.02
-    layernorm_eps: float = 1e-5
-    activation: str = "gelu"
-    hidden_dropout: float = 0.1
-    attention_dropout: float = 0.1
-    recompute: str = "none"
+    family: Annotated[str, one_of("bert", "gpt2")]
+    hidden_size: Width
+    num_layers: Annotated[int, Interval(1, 10_000)]
+    num_heads: Width
+    vocab_size: Annotated[int, Interval(1, 2**24)]
+    max_seq_len: SequenceLength
+    intermediate_size: Width | None = None
+    num_token_types: Width = 2
+    layernorm: LayerNormPlacement = "pre"
+    init: Initialisation = "scaled"
+    init_std: Positive = 0.02
+    layernorm_eps: Annotated[float, Interval(0, 1, above=True)] = 1e-5
+    activation: Annotated[str, one_of("gelu", "gelu_tanh")] = "gelu"
+    hidden_dropout: ShareBelowOne = 0.1
+    attention_dropout: ShareBelowOne = 0.1
+    recompute: Recompute = "none"
 
     def __post_init__(self) -> None:
+        check(self, "model")
         if self.intermediate_size is None:
             object.__setattr__(self, "intermediate_size", 4 * self.hidden_size)
-        for key, choices in CHOICES.items():
-            if getattr(self, key) not in choices:
-                raise ValueError(
-                    f"model.{key} {getattr(self, key)!r} is not one of {', '.join(choices)}"
-                )
-        sizes = ("hidden_size", "num_layers", "num_heads", "vocab_size", "max_seq_len")
-        for key in (*sizes, "intermediate_size", "num_token_types", "init_std", "layernorm_eps"):
-            if getattr(self, key) <= 0:
-                raise ValueError(f"model.{key} {getattr(self, key)} is not positive")
         if self.hidden_size % self.num_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}"
             )
-        for key in ("hidden_dropout", "attention_dropout"):
-            if not 0 <= getattr(self, key) < 1:
-                raise ValueError(f"model.{key} {getattr(self, key)} is not in [0, 1)")
 
     @property
     def head_dim(self) -> int:

@@ -5,19 +5,21 @@ the maker's figures.
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import Annotated
+
+from hydratron.settings import (
+    GroupSize,
+    Interval,
+    Positive,
+    PositiveOrZero,
+    Share,
+    Text,
+    check,
+)
 
 GIB = 2**30
-MAY_BE_ZERO = (
-    "reserved_gib",
-    "workspace_gib",
-    "intra_node_latency_us",
-    "inter_node_latency_us",
-    "collective_us",
-    "kernel_us",
-    "step_ms",
-    "overlap",
-)
+AttainedShare = Annotated[float, Interval(0, 1, above=True)]
 
 
 @dataclass(frozen=True)
@@ -39,29 +41,29 @@ class Hardware:
         ValueError: a value that cannot be, by name and rule.
     """
 
-    name: str
-    gpus_per_node: int
-    peak_tflops: float
-    num_multiprocessors: int
-    memory_gib: float
-    memory_bandwidth: float
-    intra_node_bandwidth: float
-    inter_node_bandwidth: float
-    product_efficiency: float
-    attention_efficiency: float
-    masked_attention_efficiency: float
-    elementwise_efficiency: float
-    memory_efficiency: float
+    name: Text
+    gpus_per_node: Annotated[int, Interval(1, 1024)]
+    peak_tflops: Positive
+    num_multiprocessors: Annotated[int, Interval(1, 10**6)]
+    memory_gib: Positive
+    memory_bandwidth: Positive
+    intra_node_bandwidth: Positive
+    inter_node_bandwidth: Positive
+    product_efficiency: AttainedShare
+    attention_efficiency: AttainedShare
+    masked_attention_efficiency: AttainedShare
+    elementwise_efficiency: AttainedShare
+    memory_efficiency: AttainedShare
     has_bf16: bool = True
-    num_nodes: int = 1
-    reserved_gib: float = 2.0
-    workspace_gib: float = 0.03
-    intra_node_latency_us: float = 4.0
-    inter_node_latency_us: float = 10.0
-    collective_us: float = 15.0
-    kernel_us: float = 4.0
-    step_ms: float = 1.0
-    overlap: float = 0.9
+    num_nodes: GroupSize = 1
+    reserved_gib: PositiveOrZero = 2.0
+    workspace_gib: PositiveOrZero = 0.03
+    intra_node_latency_us: PositiveOrZero = 4.0
+    inter_node_latency_us: PositiveOrZero = 10.0
+    collective_us: PositiveOrZero = 15.0
+    kernel_us: PositiveOrZero = 4.0
+    step_ms: PositiveOrZero = 1.0
+    overlap: Share = 0.9
 
     def check_precision(self, precision: str) -> None:
         """Raise ValueError where the GPUs have no products of `trainer.precision`."""
@@ -71,24 +73,7 @@ class Hardware:
             )
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if type(value) in (int, float):
-                rule = "at least 0" if field.name in MAY_BE_ZERO else "positive"
-                is_less = value < 0 if field.name in MAY_BE_ZERO else value <= 0
-                if is_less or not math.isfinite(value):
-                    raise ValueError(f"hardware.{field.name} {value} is not finite and {rule}")
-        for key in (
-            "product_efficiency",
-            "attention_efficiency",
-            "masked_attention_efficiency",
-            "elementwise_efficiency",
-            "memory_efficiency",
-        ):
-            if getattr(self, key) > 1:
-                raise ValueError(f"hardware.{key} {getattr(self, key)} is not in (0, 1]")
-        if self.overlap > 1:
-            raise ValueError(f"hardware.overlap {self.overlap} is not in [0, 1]")
+        check(self, "hardware")
 
     @property
     def num_gpus(self) -> int:

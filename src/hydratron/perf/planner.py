@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from hydratron.models.config import CHOICES
+from hydratron.models.config import RECOMPUTE
 from hydratron.perf.estimates import Estimate, Estimator
 from hydratron.perf.hardware import GIB, Hardware
 from hydratron.perf.step import StepConfig
@@ -86,7 +86,7 @@ def _with_batches(
     Recomputation costs time and a larger micro-batch never does: where the largest fits without
     more recomputation, more is of no use.
     """
-    for recompute in CHOICES["recompute"]:
+    for recompute in RECOMPUTE:
         model = replace(config.model, recompute=recompute)
         steps = micro_batches(replace(config, model=model))
         found = [estimator.estimate(step, hardware) for step in steps]

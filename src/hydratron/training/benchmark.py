@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
@@ -21,6 +21,7 @@ from hydratron.parallel.grad_norm import squared_gradient_norms
 from hydratron.parallel.placement import reduce_partial_gradients
 from hydratron.perf.hardware import GIB
 from hydratron.perf.trace import breakdown, read_trace
+from hydratron.settings import Interval, check, one_of
 from hydratron.training.module import TrainingModule
 from hydratron.training.optimisation import OptimizerConfig, build_optimizer, clip_gradients
 
@@ -38,20 +39,14 @@ class TimingConfig:
         ValueError: a value that cannot be, by name and rule.
     """
 
-    warmup_steps: int = 5
-    steps: int = 20
-    profile_steps: int = 3
+    warmup_steps: Annotated[int, Interval(1, 10**6)] = 5
+    steps: Annotated[int, Interval(2, 10**6)] = 20
+    profile_steps: Annotated[int, Interval(1, 1000)] = 3
     bare_loop: bool = True
-    peer: str | None = None
+    peer: Annotated[str, one_of("transformers")] | None = None
 
     def __post_init__(self) -> None:
-        if self.steps < 2:
-            raise ValueError(f"timing.steps {self.steps} is not at least 2")
-        for key in ("warmup_steps", "profile_steps"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"timing.{key} {getattr(self, key)} is not positive")
-        if self.peer not in (None, "transformers"):
-            raise ValueError(f"timing.peer {self.peer!r} is not transformers or null")
+        check(self, "timing")
 
     @property
     def total_steps(self) -> int:

@@ -1,9 +1,11 @@
 """The settings of a run's processes and of its length, free of Lightning: a plan needs no more."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+
+from hydratron.settings import Count, CountOrZero, GroupSize, Interval, check, one_of
 
 # bf16-true and fp8: weights of 16 bits with float32 masters, so Lightning has nothing to do
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "fp8")
@@ -18,14 +20,12 @@ class ParallelConfig:
     tensor-parallel size.
     """
 
-    tensor_parallel_size: int = 1
-    data_parallel_size: int = 1
+    tensor_parallel_size: GroupSize = 1
+    data_parallel_size: GroupSize = 1
     interleave: bool = False
 
     def __post_init__(self) -> None:
-        for key in ("tensor_parallel_size", "data_parallel_size"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"parallel.{key} {getattr(self, key)} is not positive")
+        check(self, "parallel")
 
     @property
     def world_size(self) -> int:
@@ -43,39 +43,38 @@ class TrainerConfig:
     `log_layer_norms` adds each layer's gradient norm to the logged rows. `async_checkpoints` saves
     in a thread while training goes on. A run in which more than `max_skipped_steps` steps had a
     non-finite loss or gradient stops. `cuda_graphs` replays steps of our own networks where one
-    replica computes them, in finetuning where one GPU does.
+    replica computes them, in finetuning where one GPU does; None: where there is a GPU.
 
     Raises:
         ValueError: a value that cannot be, by name and rule.
     """
 
-    accelerator: str
-    max_steps: int
-    max_hours: float | None = None
-    devices: int | None = None
-    num_nodes: int = 1
-    precision: str = "32-true"
-    log_every: int = 10
+    accelerator: Annotated[str, one_of("cpu", "gpu")]
+    max_steps: Count
+    max_hours: Annotated[float, Interval(0, 1e6, above=True)] | None = None
+    devices: GroupSize | None = None
+    num_nodes: GroupSize = 1
+    precision: Annotated[str, one_of(*PRECISIONS)] = "32-true"
+    log_every: Count = 10
     log_layer_norms: bool = False
-    val_every: int = 0
-    checkpoint_every: int = 0
+    val_every: CountOrZero = 0
+    checkpoint_every: CountOrZero = 0
     compile: bool = False
-    cuda_graphs: bool = False
-    max_skipped_steps: int = 10
+    cuda_graphs: bool | None = False
+    max_skipped_steps: CountOrZero = 10
     async_checkpoints: bool = False
 
     def __post_init__(self) -> None:
-        if self.accelerator not in ("cpu", "gpu"):
-            raise ValueError(f"trainer.accelerator {self.accelerator!r} is not one of cpu, gpu")
-        if self.precision not in PRECISIONS:
-            raise ValueError(
-                f"trainer.precision {self.precision!r} is not one of {', '.join(PRECISIONS)}"
-            )
-        if self.precision == "16-mixed" and self.accelerator == "cpu":
-            raise ValueError("trainer.precision 16-mixed needs a GPU; on a CPU use bf16-mixed")
-        for key in ("max_steps", "log_every", "num_nodes"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"trainer.{key} {getattr(self, key)} is not positive")
+        check(self, "trainer")
+        if self.cuda_graphs is None:
+            object.__setattr__(self, "cuda_graphs", self.accelerator == "gpu")
+        if self.accelerator == "cpu":
+            if self.precision in ("16-mixed", "fp8"):
+                raise ValueError(
+                    f"trainer.precision {self.precision} needs a GPU; on a CPU use bf16-mixed"
+                )
+            if self.cuda_graphs:
+                raise ValueError("trainer.cuda_graphs true needs a GPU: trainer=gpu")
 
     @property
     def parameter_dtype(self) -> torch.dtype:

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from hydratron.data.bert import BertSamples, BertSampleSettings
 from hydratron.data.blend import BlendedSamples, BlendIndex
-from hydratron.data.config import DataConfig
+from hydratron.data.config import DataConfig, cache_folder
 from hydratron.data.gpt2 import Gpt2Samples
 from hydratron.data.identity import corpus_identity, tokenizer_identity
 from hydratron.data.indexed import IndexedCorpus, split_by_document
@@ -56,8 +56,7 @@ class PretrainingData(LightningDataModule):
             split_by_document(corpus.num_documents, holdout=config.holdout, seed=HELD_OUT_SEED)
             for corpus in self.corpora
         ]
-        cache_dir = Path(config.cache_dir).expanduser()
-        index = BlendIndex(list(self.weights.values()), cache_dir)
+        index = BlendIndex(list(self.weights.values()), cache_folder(config.cache_dir))
         self.train_samples = BlendedSamples(
             [self._samples(c, train, seed) for c, (train, _) in self._parts()], index
         )
@@ -74,7 +73,7 @@ class PretrainingData(LightningDataModule):
         if config.source == "text":
             prepared = prepare_text_corpus(
                 Path(config.path) if config.path else None,
-                cache_dir=Path(config.cache_dir).expanduser(),
+                cache_dir=cache_folder(config.cache_dir),
                 tokenizer=config.tokenizer,
                 vocab_size=self.model.vocab_size,
                 lowercase=config.lowercase,

@@ -350,7 +350,7 @@ def finetune(
         compile=job.trainer.compile,
         # a model of transformers may wait for the device anywhere; replaying a task's many shapes
         # of batch has been tried on one GPU
-        cuda_graphs=job.trainer.cuda_graphs
+        cuda_graphs=bool(job.trainer.cuda_graphs)
         and isinstance(job.source, PretrainedBert)
         and job.parallel.world_size == 1,
     )

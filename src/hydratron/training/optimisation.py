@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import nn
@@ -14,8 +14,17 @@ from torch.optim.lr_scheduler import LambdaLR
 from hydratron.parallel.grad_norm import clip_coefficient, clip_grad_norm
 from hydratron.parallel.placement import parameter_placements
 from hydratron.parallel.zero import ShardedAdamW
-
-SCHEDULES = ("linear", "cosine", "constant")
+from hydratron.settings import (
+    Count,
+    CountOrZero,
+    Interval,
+    Positive,
+    PositiveOrZero,
+    Share,
+    ShareBelowOne,
+    check,
+    one_of,
+)
 
 
 @dataclass(frozen=True)
@@ -31,33 +40,21 @@ class OptimizerConfig:
         ValueError: a value that cannot be, by name and rule.
     """
 
-    lr: float
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.01
-    clip: float | None = 1.0
-    schedule: str = "linear"
-    warmup_steps: int | None = None
-    warmup_fraction: float = 0.01
-    decay_steps: int | None = None
-    min_lr_ratio: float = 0.0
+    lr: Positive
+    beta1: ShareBelowOne = 0.9
+    beta2: ShareBelowOne = 0.999
+    eps: Annotated[float, Interval(0, 1, above=True)] = 1e-8
+    weight_decay: PositiveOrZero = 0.01
+    clip: Positive | None = 1.0
+    schedule: Annotated[str, one_of("linear", "cosine", "constant")] = "linear"
+    warmup_steps: CountOrZero | None = None
+    warmup_fraction: ShareBelowOne = 0.01
+    decay_steps: Count | None = None
+    min_lr_ratio: Share = 0.0
     shard: bool = False
 
     def __post_init__(self) -> None:
-        if self.schedule not in SCHEDULES:
-            raise ValueError(
-                f"optimizer.schedule {self.schedule!r} is not one of {', '.join(SCHEDULES)}"
-            )
-        for key in ("lr", "eps", "clip"):
-            value = getattr(self, key)
-            if value is not None and value <= 0:
-                raise ValueError(f"optimizer.{key} {value} is not positive")
-        for key in ("warmup_fraction", "beta1", "beta2"):
-            if not 0 <= getattr(self, key) < 1:
-                raise ValueError(f"optimizer.{key} {getattr(self, key)} is not in [0, 1)")
-        if not 0 <= self.min_lr_ratio <= 1:
-            raise ValueError(f"optimizer.min_lr_ratio {self.min_lr_ratio} is not in [0, 1]")
+        check(self, "optimizer")
 
 
 def learning_rate_factor(config: OptimizerConfig, *, max_steps: int) -> Callable[[int], float]:

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +11,11 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import DataLoader, Sampler
 
 from hydratron.data.buckets import LengthBucketedSampler, collate
+from hydratron.data.config import cache_folder
 from hydratron.data.encodings import cache_key, encode_cached
 from hydratron.data.tokenizer import PreTrainedTokenizerFast
 from hydratron.parallel.mesh import ParallelMesh
+from hydratron.settings import BatchSize, Text, Workers, check
 from hydratron.training.strategy import TensorParallelStrategy
 from hydratron.training.tasks import Split, Task
 
@@ -30,16 +31,14 @@ class BatchConfig:
         ValueError: a size that is not positive.
     """
 
-    global_batch_size: int
-    cache_dir: str
-    micro_batch_size: int | None = None
-    evaluation_batch_size: int = 128
-    num_workers: int = 0
+    global_batch_size: BatchSize
+    cache_dir: Text
+    micro_batch_size: BatchSize | None = None
+    evaluation_batch_size: BatchSize = 128
+    num_workers: Workers = 0
 
     def __post_init__(self) -> None:
-        for key in ("global_batch_size", "evaluation_batch_size"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"data.{key} {getattr(self, key)} is not positive")
+        check(self, "data")
 
     def local_batch_size(self, data_parallel_size: int) -> int:
         """Return the rows of one optimizer step on one rank.
@@ -116,7 +115,7 @@ class TaskData(LightningDataModule):
         }
 
     def _read(self, group: str) -> list[Split]:
-        cache = Path(self.config.cache_dir).expanduser() / "tasks"
+        cache = cache_folder(self.config.cache_dir) / "tasks"
         encode = partial(self.task.encode, tokenizer=self.tokenizer, max_seq_len=self.max_seq_len)
         settings = self.task.encoding_settings() | {"max_seq_len": self.max_seq_len}
         splits = []

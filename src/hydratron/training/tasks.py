@@ -7,7 +7,7 @@ They differ by data set, encoding, head and metric; the loop is the same. Letter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
@@ -26,6 +26,16 @@ from hydratron.data.glue import (
 )
 from hydratron.data.tokenizer import PreTrainedTokenizerFast
 from hydratron.models.heads import Classifier, SpanExtractor
+from hydratron.settings import (
+    LARGEST,
+    Count,
+    Interval,
+    SequenceLength,
+    ShareBelowOne,
+    Text,
+    check,
+    one_of,
+)
 
 # What a model says of a split: per name a row for each example, in order.
 Scores = dict[str, list[np.ndarray]]
@@ -50,22 +60,18 @@ class TaskSettings:
     the head of a finetuned checkpoint.
     """
 
-    name: str
-    train_path: str | None = None
-    validation_path: str | None = None
-    test_path: str | None = None
-    epochs: int = 3
-    max_seq_len: int = 512
-    head_dropout: float = 0.1
-    patience: int | None = None
+    name: Text
+    train_path: Text | None = None
+    validation_path: Text | None = None
+    test_path: Text | None = None
+    epochs: Annotated[int, Interval(1, 10_000)] = 3
+    max_seq_len: SequenceLength = 512
+    head_dropout: ShareBelowOne = 0.1
+    patience: Count | None = None
     new_head: bool = False
 
     def __post_init__(self) -> None:
-        for key in ("epochs", "max_seq_len"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"task.{key} {getattr(self, key)} is not positive")
-        if not 0 <= self.head_dropout < 1:
-            raise ValueError(f"task.head_dropout {self.head_dropout} is not in [0, 1)")
+        check(self, "task")
 
     def path(self, group: str) -> Path | None:
         """Return the path of `train`, `validation` or `test`."""
@@ -135,7 +141,7 @@ class ClassificationTask(TaskSettings):
 class RaceTask(TaskSettings):
     """RACE: four options a question (Lai et al. 2017)."""
 
-    max_question_len: int = 128
+    max_question_len: SequenceLength = 128
     kind: ClassVar[str] = "multiple_choice"
     main_metric: ClassVar[str] = "accuracy"
 
@@ -181,12 +187,12 @@ class RaceTask(TaskSettings):
 class SquadTask(TaskSettings):
     """SQuAD 1.1 or 2.0; `null_threshold` None is tuned on the questions that are scored (2.0)."""
 
-    version: str = "1.1"
-    doc_stride: int = 128
-    max_query_len: int = 64
-    num_best: int = 20
-    max_answer_length: int = 30
-    null_threshold: float | None = None
+    version: Annotated[str, one_of("1.1", "2.0")] = "1.1"
+    doc_stride: SequenceLength = 128
+    max_query_len: SequenceLength = 64
+    num_best: Annotated[int, Interval(1, 1000)] = 20
+    max_answer_length: SequenceLength = 30
+    null_threshold: Annotated[float, Interval(-LARGEST, LARGEST)] | None = None
     kind: ClassVar[str] = "span"
     main_metric: ClassVar[str] = "f1"
 

@@ -34,6 +34,7 @@ from hydratron.models.initialisation import initialize_parameters
 from hydratron.parallel.cross_entropy import vocab_parallel_cross_entropy
 from hydratron.parallel.mappings import all_reduce, gather_into_tensor_parallel_region
 from hydratron.parallel.mesh import ParallelMesh, ProcessGroup
+from hydratron.settings import SequenceLength, Text, check
 from hydratron.training.strategy import TensorParallelStrategy
 
 
@@ -92,10 +93,13 @@ class WikitextTask:
     `path` None is the hub. `max_seq_len` is cut to what the model has.
     """
 
-    name: str
-    path: str | None = None
-    max_seq_len: int = 1024
-    overlap: int = 32
+    name: Text
+    path: Text | None = None
+    max_seq_len: SequenceLength = 1024
+    overlap: SequenceLength = 32
+
+    def __post_init__(self) -> None:
+        check(self, "task")
 
     def load(self, tokenizer: PreTrainedTokenizerFast, max_positions: int) -> list[ZeroShotSet]:
         """Return the one set: `loss`, `perplexity`, `adjusted_perplexity`."""
@@ -121,9 +125,12 @@ class LambadaTask:
     of the last token alone. `path` None is the hub.
     """
 
-    name: str
-    path: str | None = None
-    max_seq_len: int = 1024
+    name: Text
+    path: Text | None = None
+    max_seq_len: SequenceLength = 1024
+
+    def __post_init__(self) -> None:
+        check(self, "task")
 
     def load(self, tokenizer: PreTrainedTokenizerFast, max_positions: int) -> list[ZeroShotSet]:
         """Return the strict and the loose set."""

@@ -13,7 +13,6 @@ from datasets import Dataset
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from hydratron.commands.configuration import build
 from hydratron.data import readers, stages
 from hydratron.data.config import DataConfig
 from hydratron.data.deduplication import NearDuplicates
@@ -28,6 +27,7 @@ from hydratron.data.stages import atomic_file
 from hydratron.data.text import read_text_folder
 from hydratron.data.tokenizer import load_tokenizer
 from hydratron.launch import configuration_directory
+from hydratron.settings import build
 
 SHIPPED = Path(__file__).parents[4] / "src/hydratron/data/shipped"
 ONE = ExecutorConfig(workers=1)

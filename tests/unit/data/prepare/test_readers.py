@@ -104,5 +104,5 @@ def test_missing_and_empty_sources_are_named(tmp_path: Path) -> None:
         read(Source("text", str(tmp_path / "nowhere")))
     with pytest.raises(ValueError, match=r"no file ending in .jsonl"):
         read(Source("jsonl", str(tmp_path)))
-    with pytest.raises(ValueError, match="kind 'csv' of a source is not one of text, jsonl"):
+    with pytest.raises(ValueError, match="source.kind 'csv' is not one of text, jsonl"):
         Source("csv", "x")
