@@ -11,6 +11,7 @@ ENTRY = PACKAGES | {
     "launch",
     "cli",
     "arguments",
+    "continuation",
     "processes",
     "result",
     "settings",
@@ -31,11 +32,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": set(),
     "commands": ENTRY,
     "launch": ENTRY,
-    "arguments": {"hydra", "result"},
+    "arguments": {"hydra", "checkpoint", "result"},
+    "continuation": {"hydra", "arguments", "checkpoint", "result"},
     "processes": set(),
     "result": {"processes"},
-    "sweeps": {"hydra", "arguments", "result"},
     "settings": set(),
+    "sweeps": {"hydra", "arguments", "result"},
     "cli": ENTRY,
 }
 THIRD_PARTY = {

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from predict import model_of, read
 
 from hydratron.models.config import ModelConfig
@@ -166,11 +167,12 @@ def main() -> None:
         writer = csv.DictWriter(file, lines[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
-    draw(lines)
+    draw(HERE)
 
 
-def draw(lines: list[dict[str, Any]]) -> None:
-    """Draw TFLOP/s of a GPU over the GPUs, as predicted and as published."""
+def draw(directory: Path) -> None:
+    """Draw TFLOP/s of a GPU over the GPUs, as predicted and as published in `published.csv`."""
+    lines = pd.read_csv(HERE / "published.csv").to_dict("records")
     curves: dict[str, list[dict[str, Any]]] = {}
     for name in dict.fromkeys(line["table"] for line in lines):
         rows = [line for line in lines if line["table"] == name]
@@ -181,9 +183,8 @@ def draw(lines: list[dict[str, Any]]) -> None:
                 | {"tflops_per_gpu": row["tflops_per_gpu"] * row["predicted"] / row["published"]}
                 for row in rows
             ]
-    scaling_curves(
-        curves, HERE / "published_scaling", title="GPT-2, recomputed FLOPs counted, as published"
-    )
+    title = "GPT-2, recomputed FLOPs counted, as published"
+    scaling_curves(curves, directory / "published_scaling", title=title)
 
 
 if __name__ == "__main__":

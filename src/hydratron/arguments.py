@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from hydratron.checkpoint.runs import ignored_keys
+from hydratron.checkpoint.runs import FREE
 from hydratron.result import read_result
 
 TRAININGS = ("pretrain", "finetune")  # the commands that go on with a run
@@ -51,7 +52,7 @@ def resumed_arguments(command: str, arguments: list[str]) -> list[str]:
             given = search_continued(directory, sweeper["n_trials"], given)
         stored = [*_strings(overrides.get("task"), source)]
         launching = [a for a in _strings(overrides.get("hydra"), source) if is_launching(a)]
-        ignored = ",".join(ignored_keys(values))
+        ignored = ",".join(ignored_keys(list(given.values())))
         subdir = f"hydra.sweep.subdir='${{job_directory:[{ignored}]}}'"
         given = {a.partition("=")[0]: a for a in (*launching, subdir)} | given
     where = "hydra.sweep.dir" if is_sweep else "hydra.run.dir"
@@ -60,6 +61,19 @@ def resumed_arguments(command: str, arguments: list[str]) -> list[str]:
         refuse_foreign(before[key], source)
     flags = [a for a in arguments if "=" not in a]
     return [*flags, *(before | given | {where: f"{where}={directory}"}).values()]
+
+
+def ignored_keys(overrides: list[str]) -> list[str]:
+    """Return the settings that do not tell the jobs of a resumed sweep apart.
+
+    They are those of FREE, and the length, that the command line gives one value for all jobs.
+    """
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    single = [str(o.key_or_group) for o in parsed if not o.is_sweep_override()]
+    free = (*FREE, "trainer.max_steps")
+    found = {name for name in free for key in single if name.startswith(f"{key}.") or name == key}
+    found |= {k for k in single if any(k.startswith(n) for n in free if n.endswith("."))}
+    return sorted(found)
 
 
 def read_yaml(path: Path) -> Any:
@@ -87,9 +101,9 @@ def _strings(value: Any, source: Path) -> list[str]:
 
 
 # what a sweep's own directory may say of how its jobs are launched; `setup`, say, is shell code
-LAUNCHING = ("array_parallelism", "cpus_per_task", "direction", "gpus_per_node", "mem_gb",
-             "n_jobs", "n_trials", "nodes", "partition", "qos", "tasks_per_node",
-             "timeout_min")  # fmt: skip
+LAUNCHING = ("array_parallelism", "cpus_per_task", "direction", "gpus_per_node",
+             "mem_gb", "n_jobs", "n_trials", "nodes", "partition", "qos",
+             "tasks_per_node", "timeout_min")  # fmt: skip
 
 
 def is_launching(override: str) -> bool:

@@ -52,21 +52,30 @@ def one_of(*choices: str) -> Callable[[str], str | None]:
     return lambda value: None if value in choices else f"is not one of {', '.join(choices)}"
 
 
+def written(text: str) -> str | None:
+    """The rule of text that says something; no part of a path is longer than a disk allows."""
+    if len(text.encode(errors="ignore")) > 4095 or max(map(len, text.split("/"))) > 255:
+        return "is longer than a path may be"
+    return None if text.strip() else "is empty"
+
+
 # of counts: what a 32-bit integer holds; of floats: what float32 holds
 LARGEST_COUNT, LARGEST = 2**31 - 1, 1e38
 Count = Annotated[int, Interval(1, LARGEST_COUNT)]
-CountOrZero = Annotated[int, Interval(0, LARGEST_COUNT)]
+Natural = Annotated[int, Interval(0, LARGEST_COUNT)]
 BatchSize = Annotated[int, Interval(1, 2**20)]
-SequenceLength = Annotated[int, Interval(1, 2**16)]
+Length = Annotated[int, Interval(1, 2**16)]
 GroupSize = Annotated[int, Interval(1, 2**16)]  # of processes, or of the nodes of a cluster
 Workers = Annotated[int, Interval(0, 512)]
 Seed = Annotated[int, Interval(0, 2**32 - 1)]
 Positive = Annotated[float, Interval(0, LARGEST, above=True)]
-PositiveOrZero = Annotated[float, Interval(0, LARGEST)]
+NotNegative = Annotated[float, Interval(0, LARGEST)]
+Finite = Annotated[float, Interval(-LARGEST, LARGEST)]
 Share = Annotated[float, Interval(0, 1)]
-ShareBelowOne = Annotated[float, Interval(0, 1, below=True)]
-ShareBetween = Annotated[float, Interval(0, 1, above=True, below=True)]
-Text = Annotated[str, lambda text: None if text.strip() else "is empty"]
+BelowOne = Annotated[float, Interval(0, 1, below=True)]
+PositiveShare = Annotated[float, Interval(0, 1, above=True)]
+OpenShare = Annotated[float, Interval(0, 1, above=True, below=True)]
+Text = Annotated[str, written]
 
 
 def shown(value: Any) -> str:

@@ -1,6 +1,7 @@
 """Every task, recipe and kind of model of `finetune` and `evaluate` composes and is read."""
 
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -46,6 +47,15 @@ def instantiate(config: dict[str, Any]) -> tuple[TaskSettings, BatchConfig, Opti
 @pytest.mark.parametrize("model", ["checkpoint", "huggingface"])
 def test_every_task_composes_with_every_kind_of_model(task: str, model: str) -> None:
     assert instantiate(composed("finetune", f"task={task}", f"model={model}"))[0].name == task
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_setting_of_a_task_stands_in_its_file(task: str) -> None:
+    """Or Hydra refuses `task.KEY=`: what no file names cannot be set."""
+    node = composed("finetune", f"task={task}")["task"]
+    known = {field.name for field in fields(build_task(node))}
+    # SQuAD 1.1 has no questions without an answer
+    assert known - node.keys() == ({"null_threshold"} if task == "squad1" else set())
 
 
 @pytest.mark.parametrize("task", ZERO_SHOT)

@@ -144,8 +144,8 @@ def spawn(tmp_path: Path) -> Iterator[Spawn]:
 @pytest.fixture
 def start(spawn: Spawn) -> Spawn:
     """Start a run without end in `tmp_path/run`."""
-    common = ["pretrain", *TINY[:-1], *ENDLESS]
-    return lambda *arguments: spawn(SCRIPT, *merged(*common, *arguments))
+    begin = ("pretrain", *TINY[:-1], *ENDLESS)
+    return lambda *arguments: spawn(SCRIPT, *merged(*begin, *arguments))
 
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes] | None = None) -> None:

@@ -65,7 +65,7 @@ def test_two_ranks_are_timed_as_one(in_process: Run, tmp_path: Path) -> None:
             "timing.warmup_steps 1 is not at least 2",
         ),
         ("parallel=tp2 timing.peer=transformers", "it needs parallel=single"),
-        ("model=gpt2 layernorm=post timing.peer=transformers", "timing.peer transformers: GPT-2"),
+        ("model=gpt2 layernorm=post timing.peer=transformers", "GPT-2 with layernorm post has no"),
         ("timing=null", "timing null is not a group of keys"),
         ("trainer.max_steps=5", "trainer.max_steps is not a benchmark's: timing.steps are"),
     ],

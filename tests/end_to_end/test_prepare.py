@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from hydratron.data.indexed import IndexedCorpus
-from tests.end_to_end.conftest import SCRIPT, result
+from tests.end_to_end.conftest import SCRIPT, TINY, result
 from tests.slurm import running_slurm
 
 QUICK = ["steps.shard_megabytes=1", "executor.workers=1", "model.vocab_size=1000"]
@@ -77,6 +77,35 @@ def test_pretraining_names_what_is_not_prepared(in_process: Callable) -> None:
     assert done.returncode == 2
     assert "no prepared corpus in it (no manifest.json)" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+TRAIN = ["pretrain", *TINY]
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ([*TRAIN, "data.path=''"], "data.path '' is empty"),
+        ([*TRAIN, "data.path=empty.txt"], "empty.txt: no document is left of it"),
+        ([*TRAIN, "data.path=nuls.txt"], "nuls.txt: no document is left of it"),
+        ([*TRAIN, "data.cache_dir=/proc/nope"], "data.cache_dir /proc/nope: cannot be made: No"),
+        ([*TRAIN, "data.cache_dir=''"], "data.cache_dir '' is empty"),
+        (["prepare", "data=blend", "data.path=null"], "a blend needs data.path"),
+        (["prepare", "data=blend", "output=''"], "data.path '' is empty"),
+        # output= is enough, and what is missing is something else
+        (["prepare", "data=blend", "output=out"], "data.sources names no source of text"),
+        (["prepare", "data=blend", "data.path=null", "output=out"], "names no source of text"),
+    ],
+)
+def test_where_text_comes_from_and_goes_to_is_named(
+    in_process: Callable, tmp_path: Path, given: list[str], line: str
+) -> None:
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "nuls.txt").write_bytes(b"\0" * 4096)
+    done = in_process(*given)
+    assert done.returncode == 2, done.stderr
+    assert line in done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
 
 
 @pytest.mark.slow

@@ -12,9 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from pytorch_lightning.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 from hydratron.checkpoint.layouts import Head
+from hydratron.checkpoint.sharded import load_loop_state
 from hydratron.checkpoint.source import read_checkpoint, write_model
 from hydratron.commands import convert
 from hydratron.data.glue import GlueTask
@@ -25,10 +27,23 @@ from hydratron.models.heads import Classifier, SpanExtractor, seed_dropout
 from hydratron.parallel.mesh import ParallelMesh
 from hydratron.parallel.placement import reduce_partial_gradients
 from hydratron.training.config import ParallelConfig, TrainerConfig
-from hydratron.training.finetuning import FinetuneJob, Finetuning, PretrainedBert, finetune
+from hydratron.training.evaluation import load_ensemble, score_ensemble
+from hydratron.training.finetuning import (
+    FinetuneJob,
+    Finetuning,
+    PretrainedBert,
+    StopWhenWorse,
+    finetune,
+)
 from hydratron.training.optimisation import OptimizerConfig
 from hydratron.training.task_data import BatchConfig, TaskData
-from hydratron.training.tasks import ClassificationTask, RaceTask, SquadTask, load_scores
+from hydratron.training.tasks import (
+    ClassificationTask,
+    RaceTask,
+    SquadTask,
+    load_scores,
+    write_outputs,
+)
 from tests.distributed import run_distributed
 from tests.parallel.twins import (
     backward_over_micro_batches,
@@ -279,6 +294,36 @@ def test_patience_stops_and_keeps_the_best(inputs: Path, tmp_path: Path) -> None
     assert accuracy == pytest.approx(found["val/accuracy"])
 
 
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint")
+def test_a_run_killed_while_it_writes_its_best_ends_with_the_files_of_one_that_was_not(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between predictions and checkpoint of the best validation, and after both."""
+    job = job_for(inputs, steps=40, val_every=1, checkpoint_every=1, task={"patience": 3})
+    job = dataclasses.replace(job, optimizer=OptimizerConfig(lr=0.3, schedule="constant"))
+    whole = finetune_on(job, tmp_path / "whole")
+    assert whole["best_step"] > 1
+    keep_best = StopWhenWorse.on_validation_end
+    for run, is_kept in ((tmp_path / "before", False), (tmp_path / "after", True)):
+
+        def killed(self: StopWhenWorse, trainer: Any, module: Any, is_kept: bool = is_kept) -> None:
+            is_there = trainer.global_step == whole["best_step"]
+            if is_kept or not is_there:
+                keep_best(self, trainer, module)
+            if is_there:
+                raise InterruptedError
+
+        with monkeypatch.context() as patch:
+            patch.setattr(StopWhenWorse, "on_validation_end", killed)
+            with pytest.raises(InterruptedError):
+                finetune_on(job, run)
+        rate = {"perf/examples_per_second": 0}
+        assert finetune_on(job, run) | rate == whole | rate
+        for path in (tmp_path / "whole/predictions").iterdir():
+            assert path.read_bytes() == (run / "predictions" / path.name).read_bytes()
+        assert load_loop_state(run / "checkpoints/best")["global_step"] == whole["best_step"]
+
+
 def test_a_split_without_labels_gets_predictions_with_patience_too(
     inputs: Path, tmp_path: Path
 ) -> None:
@@ -294,6 +339,100 @@ def test_a_split_without_labels_gets_predictions_with_patience_too(
     )
     assert scoring.finish_validation(one_process, 0) == {}
     assert (tmp_path / "validation.tsv").is_file()
+
+
+# ensembles
+
+
+def reversed_rows(path: Path) -> Path:
+    """Write the rows of a file in the opposite order beside it."""
+    other = path.with_name(f"reversed-{path.name}")
+    if path.suffix == ".jsonl":
+        other.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
+        return other
+    document = json.loads(path.read_text())
+    document["data"][0]["paragraphs"].reverse()
+    other.write_text(json.dumps(document))
+    return other
+
+
+def perfect_scores(data: TaskData) -> dict[str, list[np.ndarray]]:
+    """Logits that are right, and differ by row as those of a network do."""
+    (split,) = data.splits["validation"]
+    if isinstance(data.task, SquadTask):
+        found: dict[str, list[np.ndarray]] = {"start": [], "end": []}
+        for number, length in enumerate(split.encodings.lengths):
+            for name, rows in found.items():
+                place = split.encodings.values[f"{name}_positions"][number]
+                rows.append(9.0 * (np.arange(length) == place))
+        return found
+    is_race = isinstance(data.task, RaceTask)
+    labels = [row.label if is_race else row["label"] for row in split.examples]
+    classes = np.eye(4 if is_race else 3)
+    return {"logits": [(5.0 + i % 3) * classes[label] for i, label in enumerate(labels)]}
+
+
+def validation_data(folder: Path, kind: str, path: Path, **changes: Any) -> TaskData:
+    task = task_of(kind, folder, validation_path=str(path), **changes)
+    batches = BatchConfig(global_batch_size=1, cache_dir=os.environ["HYDRATRON_CACHE"])
+    tokenizer = load_tokenizer(str(folder / "bert"))
+    return TaskData(task, batches, tokenizer, max_positions=64, groups=("validation",))
+
+
+@pytest.mark.parametrize("kind", ["mnli", "race", "squad1"])
+def test_an_ensemble_pairs_rows_by_what_was_read_in_whatever_order(
+    kind: str, inputs: Path, tmp_path: Path
+) -> None:
+    """Rows of the files repeat: 23 of MNLI are of 12 kinds."""
+    path = Path(task_of(kind, inputs).validation_path)
+    orders = [validation_data(inputs, kind, p) for p in (path, reversed_rows(path))]
+    runs = [tmp_path / "a", tmp_path / "b"]
+    for data, run in zip(orders, runs, strict=True):
+        (split,) = data.splits["validation"]
+        write_outputs(run / "predictions", data.task, split, perfect_scores(data))
+    for data in orders:
+        [scores] = load_ensemble(runs, data)
+        for name, rows in scores[0].items():
+            for one, other in zip(rows, scores[1][name], strict=True):
+                assert len(one) == len(other)
+                assert one.argmax() == other.argmax()
+        metrics = score_ensemble([scores], data, tmp_path / "mean")
+        key = "val/f1" if kind == "squad1" else "val/accuracy"
+        assert metrics[key] == (100.0 if kind == "squad1" else 1.0)
+
+
+def test_an_ensemble_of_other_rows_is_refused(inputs: Path, tmp_path: Path) -> None:
+    short = tmp_path / "short.jsonl"
+    short.write_text("".join((inputs / "dev.jsonl").read_text().splitlines(keepends=True)[1:]))
+    other = tmp_path / "other.jsonl"
+    other.write_text((inputs / "dev.jsonl").read_text().replace("it sat", "it ran", 1))
+    whole = validation_data(inputs, "mnli", inputs / "dev.jsonl")
+    for path, message in (
+        (short, "it has 22, and lacks 1 of the 23"),
+        (other, "it has 23, and lacks 1 of the 23"),
+    ):
+        data = validation_data(inputs, "mnli", path)
+        run = tmp_path / path.stem
+        (split,) = data.splits["validation"]
+        write_outputs(run / "predictions", data.task, split, perfect_scores(data))
+        with pytest.raises(ValueError, match=message):
+            load_ensemble([run], whole)
+    # windows of other tokens are other rows, though there be as many of them
+    path = inputs / "dev-v1.1.json"
+    data = validation_data(inputs, "squad1", path, max_seq_len=24)
+    whole = validation_data(inputs, "squad1", path, max_seq_len=25)
+    (split,) = data.splits["validation"]
+    write_outputs(tmp_path / "windows/predictions", data.task, split, perfect_scores(data))
+    with pytest.raises(ValueError, match="other windows or tokenizer"):
+        load_ensemble([tmp_path / "windows"], whole)
+    file = tmp_path / "windows/predictions/validation.safetensors"
+    tensors = {name: tensor for name, tensor in load_file(file).items() if name != "row_keys"}
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match="does not say which rows it scores"):
+        load_ensemble([tmp_path / "windows"], whole)
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match=f"{file} cannot be read"):
+        load_ensemble([tmp_path / "windows"], whole)
 
 
 def test_a_head_of_other_classes_is_refused_unless_a_new_one_is_asked_for(

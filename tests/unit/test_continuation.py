@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from hydratron.arguments import InputError, resumed_arguments
+from hydratron.arguments import InputError, ignored_keys, resumed_arguments
 from hydratron.checkpoint.manifest import MANIFEST, write_manifest
-from hydratron.checkpoint.runs import flatten, ignored_keys, write_settings
+from hydratron.checkpoint.runs import flatten, write_settings
 from hydratron.continuation import (
     CONTINUES,
     FINISHED,
@@ -191,7 +191,7 @@ def test_the_jobs_of_a_sweep_are_known_by_their_settings(tmp_path: Path) -> None
     found = [number(tmp_path, i, [], optimizer__lr=r, seed=s) for i, (r, s) in enumerate(wider)]
     assert found == ["0", "2", "1", "3"]
     # what is given to all jobs alike does not make them others
-    ignored = ignored_keys({"parallel": "tp2", "trainer.max_steps": "16", "seed": "1,2"})
+    ignored = ignored_keys(["parallel=tp2", "trainer.max_steps=16", "seed=1,2"])
     longer = {"parallel__tensor_parallel_size": 2, "trainer__max_steps": 16}
     again = [number(tmp_path, i, ignored, optimizer__lr=r, **longer) for i, r in enumerate(rates)]
     assert again == ["0", "1"]

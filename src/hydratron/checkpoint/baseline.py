@@ -4,17 +4,20 @@ Letters: B batch, S sequence, H hidden.
 """
 
 import inspect
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from hydratron.checkpoint import sharded
+from hydratron.checkpoint.huggingface import BAD_CONFIG
 from hydratron.models.initialisation import parameter_generator
 from hydratron.parallel.mesh import ParallelMesh
 
@@ -91,13 +94,8 @@ class Baseline:
         self, mesh: ParallelMesh, *, seed: int, device: torch.device, dtype: torch.dtype
     ) -> nn.Module:
         """Return encoder and head; what the folder lacks is drawn from `seed`."""
-        logging.set_verbosity_error()
-        # float32: a half-precision folder kept in half precision trains to chance
-        trunk, info = AutoModel.from_pretrained(
-            self.path, config=self.config, dtype=torch.float32, output_loading_info=True
-        )
-        has_pooler = getattr(trunk, "pooler", None) is not None
-        is_new = not has_pooler or any("pooler" in name for name in info["missing_keys"])
+        trunk, missing = _read_trunk(self.path, self.config)
+        is_new = getattr(trunk, "pooler", None) is None or bool(missing)
         network = self._network(trunk)
         for name, parameter in network.named_parameters():
             if name.startswith("encoder.trunk.") or ("encoder.pooler" in name and not is_new):
@@ -113,20 +111,58 @@ class Baseline:
         return network
 
 
+def _read_trunk(path: str, config: Any) -> tuple[nn.Module, list[str]]:
+    """Return a bare model of transformers and the parameters of its pooler that are not stored.
+
+    Raises:
+        ValueError: no safetensors there, or not those of this model.
+    """
+    logging.set_verbosity_error()
+    try:
+        # float32: a half-precision folder kept in half precision trains to chance
+        trunk, info = AutoModel.from_pretrained(
+            path,
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        raise ValueError(f"model.path {path!r} cannot be read: {_one_line(error)}") from error
+    # transformers draws what is missing at random, and leaves out layers that are too many
+    missing = sorted(info["missing_keys"])
+    lost = [name for name in missing if "pooler" not in name]
+    lost += [name for name in info["unexpected_keys"] if re.search(r"\blayers?\.\d+\.", name)]
+    if lost:
+        raise ValueError(
+            f"model.path {path!r} is incomplete or of another model than its config.json:"
+            f" {lost[0]} is in one of them alone"
+        )
+    return trunk, missing
+
+
+def _one_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def read_baseline(
     node: Mapping[str, Any], task: Any, tokenizer: PreTrainedTokenizerFast, cls_index: int
 ) -> Baseline:
     """Return the baseline of `model.path`, with the dropout that `model` names, if any.
 
     Raises:
-        ValueError: nothing of transformers there.
+        ValueError: nothing of transformers there, or not all of it.
     """
     path = node["path"]
     try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, *BAD_CONFIG) as error:
+        reason = _one_line(error)
         raise ValueError(f"model.path {path!r} is no model of transformers: {reason}") from error
+    for key in ("auto_map", "quantization_config"):
+        if getattr(config, key, None):
+            raise ValueError(f"model.path {path!r}: its config.json has {key}, which is not read")
     for key, names in {
         "hidden_dropout": ("hidden_dropout_prob", "dropout"),
         "attention_dropout": ("attention_probs_dropout_prob",),
@@ -139,4 +175,5 @@ def read_baseline(
             f"tokenizer of {len(tokenizer)} entries for the vocabulary of {config.vocab_size}"
             f" of {path}"
         )
+    _read_trunk(path, config)
     return Baseline(str(path), config, task, cls_index)

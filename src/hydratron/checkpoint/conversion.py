@@ -1,33 +1,39 @@
 """From any kind of checkpoint to one of ours or to a Hugging Face folder with a model card."""
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from hydratron.checkpoint import huggingface, sharded
+from hydratron.checkpoint.folders import read_json
 from hydratron.checkpoint.manifest import NAME_PREFIX
 from hydratron.checkpoint.runs import read_run_config
 from hydratron.checkpoint.source import CHECKPOINTS, TOKENIZER, Checkpoint, write_model
-from hydratron.models.bert import BertEncoder, BertForPretraining
-from hydratron.models.gpt2 import Gpt2ForPretraining
 from hydratron.parallel.mesh import ParallelMesh
 
-NETWORKS = {"bert": BertForPretraining, "gpt2": Gpt2ForPretraining}
+
+def check_output(output: Path) -> None:
+    """Raise ValueError where `output` exists already or cannot be made."""
+    if os.path.lexists(output):
+        raise ValueError(f"output {output} exists already")
+    try:
+        above = next(path for path in output.absolute().parents if os.path.lexists(path))
+        TemporaryDirectory(dir=above).cleanup()
+    except OSError as error:
+        raise ValueError(f"output {output} cannot be written to: {error.strerror}") from error
 
 
 @contextmanager
 def _complete_or_absent(output: Path) -> Iterator[Path]:
     """Give a directory that gets the name `output` when all is well, and vanishes otherwise."""
-    if output.exists():
-        raise ValueError(f"output {output} exists already")
+    check_output(output)
     temporary = output.with_name(f"{output.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -59,20 +65,6 @@ def to_huggingface(
     return {"architecture": architecture, "missing": []}
 
 
-def _build_network(checkpoint: Checkpoint) -> nn.Module:
-    """Return the network for pretraining, or the encoder with the heads that were finetuned."""
-    with torch.device("meta"):
-        if "head.weight" not in checkpoint.tensors:
-            return NETWORKS[checkpoint.model.family](checkpoint.model)
-        network = nn.Module()
-        network.encoder = BertEncoder(checkpoint.model)
-        for name in ("head", "answerability_head"):
-            if f"{name}.weight" in checkpoint.tensors:
-                num_outputs, hidden_size = checkpoint.tensors[f"{name}.weight"].shape
-                setattr(network, name, nn.Linear(hidden_size, num_outputs))
-    return network
-
-
 def to_hydratron(
     checkpoint: Checkpoint, output: Path, tokenizer: PreTrainedTokenizerFast | None
 ) -> dict[str, Any]:
@@ -83,7 +75,7 @@ def to_hydratron(
     Raises:
         ValueError: `output` exists, or the source is of another model.
     """
-    network = _build_network(checkpoint).to_empty(device="cpu")
+    network = checkpoint.build_network().to_empty(device="cpu")
     missing = checkpoint.load(network, ParallelMesh())
     for name in missing:
         owner, _, attribute = name.rpartition(".")
@@ -111,7 +103,7 @@ def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
         unknown = dict.fromkeys(("data", "tokens", "commit"))
         return {"source": f"{checkpoint.kind} checkpoint {checkpoint.directory.name}"} | unknown
     path = checkpoint.directory / "result.json"
-    result = json.loads(path.read_text()) if path.is_file() else {}
+    result = read_json(path) if path.is_file() else {}
     data, task = config.get("data") or {}, config.get("task") or {}
     step = int(sharded.load_loop_state(checkpoint.path).get("global_step", 0))
     shipped = "the novels hydratron ships" if data.get("source") == "text" else None

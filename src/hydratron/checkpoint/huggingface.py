@@ -5,14 +5,14 @@ sentence-order head takes the place of next-sentence prediction: in both, label 
 second segment follows the first; label 1 is a swap in ours and a random segment in theirs.
 """
 
-import json
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from tokenizers.processors import ByteLevel
 from transformers import (
     AutoConfig,
     BertConfig,
@@ -23,11 +23,17 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from hydratron.checkpoint.folders import WEIGHTS, open_weights, read_json, write_safetensors
 from hydratron.checkpoint.layouts import HEADS, PREFIXES, Head, Layout, parameter_layouts
-from hydratron.checkpoint.tensors import StoredTensor
+from hydratron.checkpoint.tensors import (
+    StoredTensor,
+    build_network,
+    check_num_layers,
+    check_tensors,
+)
 from hydratron.models.config import ModelConfig
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+CONFIG = "config.json"
 ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
@@ -40,15 +46,25 @@ FAMILIES = {
     "megatron-bert": ("bert", "pre"),
     "gpt2": ("gpt2", "pre"),
 }
-# What a configuration may say that we do not compute; any other value is another network.
-REQUIRED: dict[str, Any] = {
-    "is_decoder": False,
-    "add_cross_attention": False,
-    "position_embedding_type": "absolute",
-    "tie_word_embeddings": True,
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
+# What a configuration may say that we compute; any other value is another network.
+REQUIRED: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("auto_map", "quantization_config"), (None,)),
+    **dict.fromkeys(("sliding_window", "layer_types", "rope_parameters"), (None,)),
+    **dict.fromkeys(("is_decoder", "is_encoder_decoder", "add_cross_attention"), (False,)),
+    "position_embedding_type": ("absolute",),
+    "tie_word_embeddings": (True,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "problem_type": (None, "single_label_classification"),
 }
+# Of a stored network, the word embeddings again and the causal mask.
+NOT_PARAMETERS = (
+    *("cls.predictions.decoder.weight", "cls.predictions.decoder.bias", "lm_head.weight"),
+    *(".attn.bias", ".attn.masked_bias", ".position_ids"),
+)
+TASK_HEADS = ("head.", "answerability_head.")
+# What transformers raises at values of a configuration that cannot be.
+BAD_CONFIG = (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError)
 # The modules that stand beside the encoder, and how Hugging Face calls a network with these.
 ARCHITECTURES = {
     frozenset({"masked_lm_head", "sentence_order_head"}): "ForPreTraining",
@@ -60,8 +76,8 @@ ARCHITECTURES = {
 
 def is_huggingface(folder: Path) -> bool:
     """Whether `folder` has a transformers configuration."""
-    path = folder / "config.json"
-    return path.is_file() and "model_type" in json.loads(path.read_text())
+    path = folder / CONFIG
+    return path.is_file() and "model_type" in read_json(path)
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -70,22 +86,32 @@ def read_config(folder: Path) -> ModelConfig:
     Raises:
         ValueError: another architecture than ours, by the configuration's key and value.
     """
-    path = folder / "config.json"
-    model_type = json.loads(path.read_text())["model_type"]
-    if model_type not in FAMILIES:
+    path = folder / CONFIG
+    values = read_json(path)
+    model_type = values["model_type"]
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"{path}: model_type {model_type!r} is not one of {', '.join(FAMILIES)}")
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    for key, value in REQUIRED.items():
-        found = getattr(config, key, value)
-        if found != value:
-            raise ValueError(f"{path}: {key} is {found!r}, only {value!r} can be read")
+    for key, known in REQUIRED.items():
+        found = values.get(key, known[0])
+        if found not in known:
+            raise ValueError(f"{path}: {key} is {found!r}, only {known[0]!r} can be read")
+    architectures = values.get("architectures") or []
+    for name in architectures if isinstance(architectures, list) else [architectures]:
+        if not isinstance(name, str) or not hasattr(transformers, name):
+            raise ValueError(f"{path}: architectures names {name!r}, no class of transformers")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        return _model_config(config, model_type)
+    except (OSError, *BAD_CONFIG) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+
+
+def _model_config(config: Any, model_type: str) -> ModelConfig:
     family, layernorm = FAMILIES[model_type]
     is_bert = family == "bert"
     activation = config.hidden_act if is_bert else config.activation_function
     if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"{path}: activation {activation!r} is not one of {', '.join(ACTIVATIONS)}"
-        )
+        raise ValueError(f"activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
     return ModelConfig(
         family=family,
         hidden_size=config.hidden_size,
@@ -106,7 +132,7 @@ def read_config(folder: Path) -> ModelConfig:
 
 def read_head(folder: Path) -> Head | None:
     """Return what the head of a finetuned Hugging Face folder does; None for any other folder."""
-    values = json.loads((folder / "config.json").read_text())
+    values = read_json(folder / CONFIG)
     architecture = next(iter(values.get("architectures") or []), "")
     _, _, ending = architecture.partition("For")
     for kind, (name, _) in HEADS.items():
@@ -122,9 +148,11 @@ def read_tensors(
     """Return by our names what a Hugging Face folder holds of our parameters.
 
     Raises:
-        ValueError: no safetensors there, or ones that cannot be read.
+        ValueError: no safetensors there, ones that cannot be read, or not all those of the network
+            and no others; the first ones are named.
     """
-    stored = _open_weights(folder)
+    stored = open_weights(folder)
+    first = next(iter(stored), "nothing")
     # checkpoints that once came from TensorFlow call a LayerNorm's weight gamma, its bias beta
     old = (("LayerNorm.gamma", "LayerNorm.weight"), ("LayerNorm.beta", "LayerNorm.bias"))
     for theirs, today in old:
@@ -134,53 +162,29 @@ def read_tensors(
     prefix = PREFIXES[config.family]
     if not any(name.startswith(prefix) for name in stored):  # a network without heads
         stored = {f"{prefix}{name}": tensor for name, tensor in stored.items()}
-    return {
-        name: layout.read(stored)
-        for name, layout in parameter_layouts(config, head).items()
-        if all(part in stored for part in layout.names)
+    check_num_layers(config, len(stored), path=folder)
+    layouts = parameter_layouts(config, head)
+    if not any(name in stored for layout in layouts.values() for name in layout.names):
+        raise ValueError(f"{folder} holds no name of a {config.family}: its first is {first}")
+    heads = {
+        ours: stored[layout.names[0]].shape
+        for ours, layout in layouts.items()
+        if ours.startswith(TASK_HEADS) and layout.names[0] in stored
     }
-
-
-def _open_weights(folder: Path) -> dict[str, StoredTensor]:
-    if (folder / INDEX).is_file():
-        weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
-        files = [folder / name for name in sorted(set(weight_map.values()))]
-    else:
-        files = [folder / WEIGHTS]
-    stored: dict[str, StoredTensor] = {}
-    for path in files:
-        if not path.is_file():
-            raise ValueError(f"{folder} holds no {path.name}: only safetensors are read")
-        try:
-            file = safe_open(path, "pt")
-            stored |= {name: _from_safetensors(file, name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{path}: cannot be read as safetensors: {error}") from error
-    return stored
-
-
-def _from_safetensors(file: Any, name: str) -> StoredTensor:
-    view = file.get_slice(name)
-
-    def read(dim: int | None, start: int, stop: int) -> Tensor:
-        if dim is None:
-            return file.get_tensor(name)
-        return view[(*[slice(None)] * dim, slice(start, stop))]
-
-    return StoredTensor(tuple(view.get_shape()), _DTYPES[view.get_dtype()], read)
-
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+    network = build_network(config, head and head.kind, heads)
+    needed = {
+        ours: {name: part.shape for name, part in layouts[ours].write(parameter.detach()).items()}
+        for ours, parameter in network.named_parameters()
+    }
+    names = {name for parts in needed.values() for name in parts}
+    # buffers, and the word embeddings once more, are no parameters to transformers either
+    held = {
+        name: tensor
+        for name, tensor in stored.items()
+        if name in names or (tensor.dtype.is_floating_point and not name.endswith(NOT_PARAMETERS))
+    }
+    check_tensors(needed, held, path=folder, family=config.family)
+    return {ours: layouts[ours].read(held) for ours in needed if needed[ours].keys() <= held.keys()}
 
 
 def export_architecture(config: ModelConfig, names: set[str], head: Head | None = None) -> str:
@@ -256,6 +260,28 @@ def export_config(
     )
 
 
+def export_tokenizer(
+    tokenizer: PreTrainedTokenizerFast, config: ModelConfig
+) -> PreTrainedTokenizerFast:
+    """Return a copy of the tokenizer that gives a client of transformers what our network takes.
+
+    It knows the longest sequence. GPT-2's adds no special tokens, and `<|endoftext|>`, or what ends
+    a document, begins one too.
+    """
+    exported = copy.deepcopy(tokenizer)
+    backend = exported.backend_tokenizer
+    backend.no_truncation()  # what earlier calls left
+    backend.no_padding()
+    exported.model_max_length = exported.init_kwargs["model_max_length"] = config.max_seq_len
+    if config.family == "gpt2":
+        if backend.num_special_tokens_to_add(is_pair=False):
+            backend.post_processor = ByteLevel(trim_offsets=False)  # adds nothing
+        names = ["input_ids", "attention_mask"]
+        exported.model_input_names = exported.init_kwargs["model_input_names"] = names
+        exported.bos_token = exported.bos_token or exported.eos_token
+    return exported
+
+
 def write_folder(
     folder: Path,
     config: ModelConfig,
@@ -270,6 +296,7 @@ def write_folder(
         ValueError: the network has no counterpart, or the tokenizer does not fit its vocabulary.
     """
     architecture = export_architecture(config, set(tensors), head)
+    tokenizer = tokenizer and export_tokenizer(tokenizer, config)
     exported = export_config(
         config, architecture=architecture, tokenizer=tokenizer, labels=_labels(tensors, head)
     )
@@ -295,32 +322,3 @@ def _labels(tensors: Mapping[str, StoredTensor], head: Head | None) -> tuple[str
     num_labels = tensors["head.weight"].shape[0]
     fits = len(head.labels) == num_labels
     return head.labels if fits else tuple(f"LABEL_{index}" for index in range(num_labels))
-
-
-def write_safetensors(
-    path: Path, pieces: list[tuple[Layout, StoredTensor]], *, prefix: str = ""
-) -> None:
-    """Write tensors in their layout one after the other, holding one of ours at a time.
-
-    The library's own writer wants all of them in memory. Format: the header's length in 8 bytes,
-    a JSON header with dtype, shape and offsets of each name, the bytes. `prefix` is taken off
-    the names.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for layout, stored in pieces:
-        for name, tensor in layout.write(torch.empty(stored.shape, device="meta")).items():
-            end = offset + tensor.numel() * stored.dtype.itemsize
-            header[name.removeprefix(prefix)] = {
-                "dtype": _DTYPE_NAMES[stored.dtype],
-                "shape": list(tensor.shape),
-                "data_offsets": [offset, end],
-            }
-            offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for layout, stored in pieces:
-            for tensor in layout.write(stored.whole()).values():
-                file.write(tensor.contiguous().view(torch.uint8).numpy().data)

@@ -9,6 +9,7 @@ Letters: H hidden, N heads, D head dim, t tensor-parallel size of the checkpoint
 import argparse
 import pickle
 import re
+import struct
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,21 +20,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hydratron.checkpoint.tensors import StoredTensor, concatenated, sliced
+from hydratron.checkpoint.megatron_options import FLAGS, check_options, number
+from hydratron.checkpoint.tensors import (
+    StoredTensor,
+    build_network,
+    check_num_layers,
+    check_tensors,
+    concatenated,
+    sliced,
+)
 from hydratron.models.config import ModelConfig
 
 TRACKER, FILE = "latest_checkpointed_iteration.txt", "model_optim_rng.pt"
-# What an option may say that we do not compute; any other value is another network.
-REQUIRED: dict[str, Any] = {
-    "position_embedding_type": "learned_absolute",
-    "normalization": "LayerNorm",
-    "swiglu": False,
-    "untie_embeddings_and_output_weights": False,
-    "num_experts": None,
-    "group_query_attention": False,
-}
+RANK, CORE_FILES = "mp_rank_", (".metadata", "common.pt", "metadata.json")
 UNUSED = ("word_embeddings_for_head.weight", "_extra_state")
 LOWERCASE = {"BertWordPieceLowerCase": True, "BertWordPieceCase": False}
+MAX_DEPTH = 20  # of names in a checkpoint; a dictionary may hold itself
 VOCABULARY_DIVISOR = 128  # --make-vocab-size-divisible-by
 
 
@@ -49,6 +51,12 @@ _SCALERS = [
     for package in ("megatron.fp16.loss_scaler", "fp16.loss_scaler")
     for name in ("LossScaler", "DynamicLossScaler")
 ]
+# What torch's reader raises at bytes that are no checkpoint, or no longer one.
+DAMAGE = (
+    *(pickle.UnpicklingError, zipfile.BadZipFile, struct.error, EOFError, OSError, RuntimeError),
+    *(ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, TypeError),
+    *(ValueError, ImportError),
+)
 SAFE_GLOBALS: list[Any] = [
     argparse.Namespace,
     np.ndarray,
@@ -74,16 +82,28 @@ class MegatronCheckpoint:
 
 def is_megatron(directory: Path) -> bool:
     """Whether `directory` is the save directory of a Megatron run or one of its iterations."""
-    return (directory / TRACKER).is_file() or bool(_rank_directories(directory))
+    return (
+        (directory / TRACKER).is_file()
+        or any(directory.glob(f"{RANK}*"))
+        or bool(_core_files(directory))
+    )
+
+
+def _core_files(directory: Path) -> list[str]:
+    """Return what Megatron Core's own format (--ckpt-format torch_dist) has left here."""
+    found = [name for name in CORE_FILES if (directory / name).is_file()]
+    return found + sorted(path.name for path in directory.glob("*.distcp"))[:1]
 
 
 def _rank_directories(directory: Path) -> dict[int, Path]:
     found = {}
-    for path in sorted(directory.glob("mp_rank_*")):
-        rank, _, stage = path.name.removeprefix("mp_rank_").partition("_")
-        if stage.strip("0"):
+    for path in sorted(directory.glob(f"{RANK}*")):
+        named = re.fullmatch(r"(\d+)(?:_(\d+))*", path.name.removeprefix(RANK))
+        if named is None:
+            raise ValueError(f"{path} is not named {RANK} and a number")
+        if int(named[2] or 0):
             raise ValueError(f"{path}: checkpoints split over pipeline stages are not read")
-        found[int(rank)] = path
+        found[int(named[1])] = path
     return found
 
 
@@ -91,7 +111,7 @@ def _iteration_directory(directory: Path) -> Path:
     tracker = directory / TRACKER
     if not tracker.is_file():
         return directory
-    name = tracker.read_text().strip()
+    name = tracker.read_text(errors="replace").strip()
     if name != "release" and not name.isdigit():
         raise ValueError(f"{tracker} says {name!r}: neither an iteration nor release")
     iteration = directory / (name if name == "release" else f"iter_{int(name):07d}")
@@ -109,34 +129,37 @@ def _load(path: Path) -> dict[str, Any]:
             content = torch.load(
                 path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
             )
-    except pickle.UnpicklingError as error:
-        named = re.search(r"(?:GLOBAL|global:?) ([\w.]+\.\w+)", str(error))
-        what = named[1] if named else str(error).splitlines()[0]
-        raise ValueError(
-            f"{path} needs {what} to be loaded: a pickle can run code, so nothing but tensors,"
-            " plain values and argparse.Namespace is read"
-        ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
-    if not isinstance(content, dict) or "model" not in content:
+    except DAMAGE as error:
+        if named := re.search(r"(?:GLOBAL|global:?) ([\w.]+\.\w+)", str(error)):
+            raise ValueError(
+                f"{path} needs {named[1]} to be loaded: a pickle can run code, so nothing but"
+                " tensors, plain values and argparse.Namespace is read"
+            ) from error
+        what = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} cannot be read: {what}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
         raise ValueError(f"{path} is not a Megatron-LM checkpoint: it has no key 'model'")
     return content
 
 
-def _flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
+def _flatten(node: Mapping[str, Any], path: Path, prefix: str = "") -> dict[str, Tensor]:
+    if prefix.count(".") > MAX_DEPTH:
+        raise ValueError(f"{path} cannot be read: its model has names like {prefix[:80]}")
     flat: dict[str, Tensor] = {}
     for key, value in node.items():
         if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= _flatten(value, path, f"{prefix}{key}.")
         elif isinstance(value, Tensor):
+            if value.layout != torch.strided or value.is_meta or value.is_quantized:
+                raise ValueError(f"{path}: {prefix}{key} is no plain tensor")
             flat[f"{prefix}{key}"] = value
     return flat
 
 
-def _tensors_of(content: dict[str, Any]) -> dict[str, Tensor]:
+def _tensors_of(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
     """Return a rank's tensors under the names of version 1."""
     renamed = {}
-    for name, tensor in _flatten(content["model"]).items():
+    for name, tensor in _flatten(content["model"], path).items():
         name = name.removeprefix("module.").replace(".self_attention.", ".attention.")
         name = re.sub(r"^language_model\.encoder\.", "language_model.transformer.", name)
         if not name.endswith(UNUSED):
@@ -153,40 +176,42 @@ def read_megatron(directory: Path) -> MegatronCheckpoint:
     """
     directory = _iteration_directory(directory)
     found = _rank_directories(directory)
+    if not found and (files := _core_files(directory)):
+        raise ValueError(
+            f"{directory} is a checkpoint of Megatron Core ({', '.join(files)}: --ckpt-format"
+            " torch_dist), which is not read: the classic format (torch) is"
+        )
     if not found:
         raise ValueError(f"{directory} holds no mp_rank_00")
     first = found.get(0, directory / "mp_rank_00") / FILE
     content = _load(first)
     args = content.get("args")
-    if args is None:
+    if not isinstance(args, argparse.Namespace):
         raise ValueError(f"{first} holds no args, so that its number of heads is unknown")
-    size = _tensor_parallel_size(args) or len(found)
+    check_options(args, first)
+    names = ("tensor_model_parallel_size", "model_parallel_size")
+    size = number(args, names, len(found), first)
     if len(found) > size:
         raise ValueError(
             f"{directory} has {len(found)} rank files, and the args of rank 0 say {size}"
         )
-    shards = [_tensors_of(content)]
+    shards = [_tensors_of(content, first)]
     for rank in range(1, size):
         path = found.get(rank, directory / f"mp_rank_{rank:02d}") / FILE
         other = _load(path)
-        shards.append(_tensors_of(other))
+        shards.append(_tensors_of(other, path))
         _check_peer(content, other, shards[0], shards[-1], path)
     layout = _qkv_layout(content.get("checkpoint_version", 0), first)
     model = _model_config(args, shards, first)
-    divisor = getattr(args, "make_vocab_size_divisible_by", None) or VOCABULARY_DIVISOR
+    divisor = number(args, ("make_vocab_size_divisible_by",), VOCABULARY_DIVISOR, first)
     return MegatronCheckpoint(
         model=model,
         tensors=_merge(shards, model, layout, first),
-        lowercase=LOWERCASE.get(getattr(args, "tokenizer_type", None) or ""),
+        lowercase=LOWERCASE.get(str(getattr(args, "tokenizer_type", None))),
         # a tool of version 1 merges partitions and leaves the padding of one
         vocabulary_multiples=tuple(sorted({divisor * t for t in (1, 2, 4, 8, size)})),
         iteration=content.get("iteration"),
     )
-
-
-def _tensor_parallel_size(args: argparse.Namespace) -> int | None:
-    sizes = (getattr(args, f"{name}_parallel_size", None) for name in ("tensor_model", "model"))
-    return next((int(size) for size in sizes if size), None)
 
 
 def _check_peer(
@@ -198,16 +223,16 @@ def _check_peer(
 ) -> None:
     """Raise ValueError unless rank 0 and another rank are parts of one checkpoint."""
     for key in ("iteration", "checkpoint_version"):
-        if first.get(key) != other.get(key):
+        if str(first.get(key)) != str(other.get(key)):
             raise ValueError(
                 f"{path}: {key} {other.get(key)}, and rank 0 has {first.get(key)}:"
                 " files of different checkpoints"
             )
-    for name, tensor in shards.items():
-        shape = list(peers[name].shape) if name in peers else "none"
-        if shape != list(tensor.shape):
+    for name in shards | peers:
+        shape, needed = (list(t[name].shape) if name in t else "none" for t in (peers, shards))
+        if shape != needed:
             raise ValueError(
-                f"{path}: {name} has shape {shape}, and rank 0 has {list(tensor.shape)}:"
+                f"{path}: {name} has shape {shape}, and rank 0 has {needed}:"
                 " files of different tensor-parallel sizes or models"
             )
 
@@ -215,39 +240,40 @@ def _check_peer(
 def _model_config(
     args: argparse.Namespace, shards: list[dict[str, Tensor]], path: Path
 ) -> ModelConfig:
-    for key, value in REQUIRED.items():
-        found = getattr(args, key, value)
-        if found != value:
-            raise ValueError(f"{path}: {key} is {found!r}, only {value!r} can be read")
     embedding = "language_model.embedding"
-    words = shards[0].get(f"{embedding}.word_embeddings.weight")
-    positions = shards[0].get(f"{embedding}.position_embeddings.weight")
+    kinds = ("word", "position", "tokentype")
+    tables = [shards[0].get(f"{embedding}.{kind}_embeddings.weight") for kind in kinds]
+    words, positions, types = (t if t is None or t.dim() == 2 else None for t in tables)
     if words is None or positions is None:
-        raise ValueError(f"{path} holds no word or no position embeddings")
-    types = shards[0].get(f"{embedding}.tokentype_embeddings.weight")
-    post = getattr(args, "apply_residual_connection_post_layernorm", False)
-    fused = getattr(args, "bias_gelu_fusion", False) and not getattr(args, "onnx_safe", False)
-    is_tanh = getattr(args, "openai_gelu", False) or fused
-    return ModelConfig(
-        family="gpt2" if types is None else "bert",
-        hidden_size=words.size(1),
-        num_layers=args.num_layers,
-        num_heads=args.num_attention_heads,
-        vocab_size=words.size(0) * len(shards),
-        max_seq_len=positions.size(0),
-        intermediate_size=getattr(args, "ffn_hidden_size", None),
-        num_token_types=2 if types is None else types.size(0),
-        layernorm="post" if post else "pre",
-        init_std=getattr(args, "init_method_std", 0.02),
-        layernorm_eps=getattr(args, "layernorm_epsilon", 1e-5),
-        activation="gelu_tanh" if is_tanh else "gelu",
-        hidden_dropout=getattr(args, "hidden_dropout", 0.1),
-        attention_dropout=getattr(args, "attention_dropout", 0.1),
-    )
+        raise ValueError(
+            f"{path} holds no {embedding}.word_embeddings.weight or no position_embeddings.weight,"
+            " as a classic Megatron-LM model has"
+        )
+    flags = {key: getattr(args, key, None) for key in FLAGS}
+    is_fused = flags["bias_gelu_fusion"] and not flags["onnx_safe"]
+    try:
+        return ModelConfig(
+            family="gpt2" if types is None else "bert",
+            hidden_size=words.size(1),
+            num_layers=number(args, ("num_layers",), None, path),
+            num_heads=number(args, ("num_attention_heads",), None, path),
+            vocab_size=words.size(0) * len(shards),
+            max_seq_len=positions.size(0),
+            intermediate_size=number(args, ("ffn_hidden_size",), 4 * words.size(1), path),
+            num_token_types=2 if types is None else types.size(0),
+            layernorm="post" if flags["apply_residual_connection_post_layernorm"] else "pre",
+            init_std=number(args, ("init_method_std",), 0.02, path),
+            layernorm_eps=number(args, ("layernorm_epsilon", "norm_epsilon"), 1e-5, path),
+            activation="gelu_tanh" if flags["openai_gelu"] or is_fused else "gelu",
+            hidden_dropout=number(args, ("hidden_dropout",), 0.1, path),
+            attention_dropout=number(args, ("attention_dropout",), 0.1, path),
+        )
+    except ValueError as error:
+        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
 
 
-def _qkv_layout(version: float, path: Path) -> str:
-    if version not in (0, 1.0, 2.0, 3.0):
+def _qkv_layout(version: Any, path: Path) -> str:
+    if not isinstance(version, int | float) or version not in (0, 1.0, 2.0, 3.0):
         raise ValueError(f"{path}: checkpoint_version {version} is not one of 0, 1.0, 2.0, 3.0")
     return "3nd" if version == 0 else "nd3" if version == 1.0 else "n3d"
 
@@ -331,10 +357,18 @@ def _merge(
     shards: list[dict[str, Tensor]], config: ModelConfig, layout: str, path: Path
 ) -> dict[str, StoredTensor]:
     """Return our global parameters, each joined from its shards when it is read."""
+    check_num_layers(config, len(shards[0]), path=path)
     names = parameter_names(config)
-    unknown = sorted(set(shards[0]) - {theirs for theirs, _ in names.values()})
-    if unknown:
-        raise ValueError(f"{path} holds {unknown[0]}, which no {config.family} of ours has")
+    network = build_network(config, None, {})
+    needed = {}
+    for ours, parameter in network.named_parameters():
+        theirs, dim = names[ours]
+        shape = list((parameter.flatten(0, 1) if ".qkv." in ours else parameter).shape)
+        if dim is not None:
+            shape[dim] //= len(shards)
+        needed[ours] = {theirs: shape}
+    held = {name: _stored(tensor, torch.Tensor.detach) for name, tensor in shards[0].items()}
+    check_tensors(needed, held, path=path, family=config.family)
 
     def arrange_qkv(shard: Tensor) -> Tensor:
         return _stack_qkv(shard, layout, config.num_heads // len(shards))

@@ -14,14 +14,6 @@ from hydratron.parallel.cross_entropy import IGNORED_LABEL
 PRETRAINING_HEADS = {"masked_lm_head.bias", "sentence_order_head.weight"}
 
 
-def check_peer(config: ModelConfig) -> None:
-    """Raise ValueError where transformers has no network of this shape."""
-    try:
-        export_architecture(config, PRETRAINING_HEADS)
-    except ValueError as error:
-        raise ValueError(f"timing.peer transformers: {error}") from error
-
-
 def build_peer(config: ModelConfig, device: torch.device) -> nn.Module:
     """Return BertForPreTraining, MegatronBertForPreTraining or GPT2LMHeadModel, in training mode.
 

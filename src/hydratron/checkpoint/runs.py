@@ -96,28 +96,6 @@ def is_among(key: str, names: Iterable[str]) -> bool:
     return any(f"{key}.".startswith(name) if name.endswith(".") else key == name for name in names)
 
 
-def ignored_keys(given: Mapping[str, str]) -> list[str]:
-    """Return the settings that do not tell the jobs of a resumed sweep apart.
-
-    They are those of FREE, and the length, that the command line gives one value for all jobs.
-    """
-    single = [key for key, value in given.items() if not is_grid(value)]
-    free = (*FREE, "trainer.max_steps")
-    found = {name for name in free for key in single if name.startswith(f"{key}.") or name == key}
-    found |= {k for k in single if any(k.startswith(n) for n in free if n.endswith("."))}
-    return sorted(found)
-
-
-def is_grid(value: str) -> bool:
-    """Whether Hydra would sweep over this value: a comma outside of any bracket, or a function."""
-    depth = 0
-    for character in value:
-        depth += (character in "[{(") - (character in "]})")
-        if character == "," and depth == 0:
-            return True
-    return value.startswith(("choice(", "range(", "glob(", "interval("))
-
-
 def write_settings(directory: Path, settings: Mapping[str, Any]) -> None:
     """Keep the flat settings where sweeps and resumed runs compare them."""
     path = directory / SETTINGS

@@ -6,6 +6,7 @@ and `tokenizer/`.
 
 import dataclasses
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,12 +18,21 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import PreTrainedTokenizerFast
 
 from hydratron.checkpoint import huggingface, sharded
-from hydratron.checkpoint.layouts import Head
+from hydratron.checkpoint.folders import read_json
+from hydratron.checkpoint.layouts import HEADS, Head
 from hydratron.checkpoint.manifest import is_complete, newest_intact, verify
 from hydratron.checkpoint.megatron import is_megatron, read_megatron
 from hydratron.checkpoint.runs import FROZEN_CONFIG, read_run_config
 from hydratron.checkpoint.storage import reader
-from hydratron.checkpoint.tensors import StoredTensor, check_parameters, fill_parameters, sliced
+from hydratron.checkpoint.tensors import (
+    StoredTensor,
+    build_network,
+    check_num_layers,
+    check_parameters,
+    check_tensors,
+    fill_parameters,
+    sliced,
+)
 from hydratron.models.config import ModelConfig
 from hydratron.parallel.mesh import ParallelMesh
 
@@ -55,6 +65,11 @@ class Checkpoint:
     lowercase: bool | None = None
     vocabulary_multiples: tuple[int, ...] = ()
     head: Head | None = None
+
+    def build_network(self) -> nn.Module:
+        """Return the network that it holds, on the meta device."""
+        kind = self.head.kind if self.head else None
+        return build_network(self.model, kind, {n: s.shape for n, s in self.tensors.items()})
 
     def load(self, network: nn.Module, mesh: ParallelMesh) -> list[str]:
         """Fill this rank's share of `network` in place; every rank must call it.
@@ -107,7 +122,7 @@ def read_checkpoint(name: Path | str) -> Checkpoint:
         ValueError: nothing of the kind, or one that cannot be read; names the file and the rule.
     """
     path = Path(name).expanduser()
-    if not path.exists():
+    if not os.path.exists(path):  # a name may be too long for a Path to say
         path = _download(str(name))
     if not path.is_dir():
         raise ValueError(f"checkpoint {path} is not a directory")
@@ -177,7 +192,7 @@ def write_model(directory: Path, model: ModelConfig, head: Head | None = None) -
 def _read_model(directory: Path) -> tuple[ModelConfig, Head | None]:
     run = read_run_config(directory)
     is_written = (directory / MODEL).is_file()
-    values = json.loads((directory / MODEL).read_text()) if is_written else run.get("model")
+    values = read_json(directory / MODEL) if is_written else run.get("model")
     if not values:
         raise ValueError(
             f"{directory} does not say what its network is: it has neither {MODEL} nor"
@@ -191,11 +206,16 @@ def _read_model(directory: Path) -> tuple[ModelConfig, Head | None]:
     kind = TASK_HEADS.get(str(task.get("_target_")).rpartition(".")[2])
     labels = (task.get("spec") or {}).get("labels") or ()
     if written:
-        kind, labels = written["kind"], written["labels"]
+        kind, labels = written.get("kind"), written.get("labels") or ()
+        if kind not in HEADS:
+            raise ValueError(f"{directory / MODEL}: head {kind!r} is not one of {', '.join(HEADS)}")
     known = {f.name for f in dataclasses.fields(ModelConfig)}
     if set(values) - known:
         raise ValueError(f"{directory}: unknown key model.{min(set(values) - known)}")
-    return ModelConfig(**values), Head(kind, tuple(labels)) if kind else None
+    try:
+        return ModelConfig(**values), Head(kind, tuple(labels)) if kind else None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{directory} does not say what its network is: {error}") from error
 
 
 def _read_sharded(path: Path) -> Checkpoint:
@@ -203,7 +223,7 @@ def _read_sharded(path: Path) -> Checkpoint:
         raise ValueError(f"checkpoint {path} does not lie in {CHECKPOINTS}/ of a run directory")
     directory = path.parents[1]
     model, head = _read_model(directory)
-    return Checkpoint(
+    found = Checkpoint(
         kind="hydratron",
         path=path,
         directory=directory,
@@ -212,6 +232,11 @@ def _read_sharded(path: Path) -> Checkpoint:
         tensors=_sharded_tensors(path),
         head=head,
     )
+    check_num_layers(model, len(found.tensors), path=path)
+    parameters = found.build_network().named_parameters()
+    needed = {name: {name: parameter.shape} for name, parameter in parameters}
+    check_tensors(needed, found.tensors, path=path, family=model.family)
+    return found
 
 
 def _sharded_tensors(path: Path) -> dict[str, StoredTensor]:

@@ -10,10 +10,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from hydratron.models.bert import BertEncoder, BertForPretraining
+from hydratron.models.config import ModelConfig
+from hydratron.models.gpt2 import Gpt2ForPretraining
 from hydratron.parallel.mesh import ParallelMesh
 from hydratron.parallel.placement import parameter_placements
 
 BODY = ("transformer.", "encoder.transformer.")
+NETWORKS = {"bert": BertForPretraining, "gpt2": Gpt2ForPretraining}
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+NUM_NAMED = 3  # of the tensors that are wrong, in a message
 
 
 @dataclass(frozen=True)
@@ -122,24 +128,115 @@ def check_parameters(
 ) -> list[str]:
     """Return the parameters that a checkpoint with these global shapes does not hold.
 
-    Heads and the pooler may be absent; embeddings and layers may not.
-
     Raises:
-        ValueError: a shape differs, or a part of the Transformer is absent; the first one is named.
+        ValueError: as `check_shapes`.
     """
-    missing = []
+    needed = {}
     placements = parameter_placements(network)
     for name, parameter in network.named_parameters():
-        needed = list(parameter.shape)
+        shape = list(parameter.shape)
         dim = placements[name].tp_dim
         if dim is not None:
-            needed[dim] *= mesh.tensor_parallel_size
-        found = list(shapes[name]) if name in shapes else None
-        if found is None and not name.startswith(BODY):
-            missing.append(name)
-        elif found != needed:
-            raise ValueError(
-                f"checkpoint {path} is of another model: {name} needs {needed}"
-                f" and it holds {found or 'nothing'}"
-            )
+            shape[dim] *= mesh.tensor_parallel_size
+        needed[name] = {name: shape}
+    return check_shapes(needed, shapes, path=path)
+
+
+def check_shapes(
+    needed: Mapping[str, Mapping[str, Sequence[int]]],
+    held: Mapping[str, Sequence[int]],
+    *,
+    path: Path,
+) -> list[str]:
+    """Return the parameters of which a checkpoint holds nothing.
+
+    A head or the pooler may be absent as a whole; embeddings and layers may not.
+
+    Args:
+        needed: for each of our parameters, the checkpoint's tensors that make it up, by shape.
+        held: the shapes of the checkpoint's tensors.
+        path: of the checkpoint, for the message.
+
+    Raises:
+        ValueError: a tensor is absent or of another shape; the first ones are named.
+    """
+    present = {_module(ours) for ours, parts in needed.items() if parts.keys() & held.keys()}
+    missing = [
+        name for name in needed if not name.startswith(BODY) and _module(name) not in present
+    ]
+    wrong = [
+        f"{name} needs {list(shape)} and it holds {list(held[name]) if name in held else 'nothing'}"
+        for ours, parts in needed.items()
+        if ours not in missing
+        for name, shape in parts.items()
+        if name not in held or list(held[name]) != list(shape)
+    ]
+    if wrong:
+        raise ValueError(f"checkpoint {path} is of another model: {_first(wrong)}")
     return missing
+
+
+def check_num_layers(model: ModelConfig, num_tensors: int, *, path: Path) -> None:
+    """Raise ValueError, before any layer is built, where a checkpoint has fewer tensors."""
+    if model.num_layers > num_tensors:
+        raise ValueError(
+            f"checkpoint {path} is incomplete: {num_tensors} tensors cannot be the"
+            f" {model.num_layers} layers that it says it has"
+        )
+
+
+def _module(name: str) -> str:
+    """Return the part of a network that a checkpoint may lack, or has whole."""
+    first, second = name.split(".")[:2]
+    return f"{first}.{second}" if first == "encoder" else first
+
+
+def check_tensors(
+    needed: Mapping[str, Mapping[str, Sequence[int]]],
+    held: Mapping[str, StoredTensor],
+    *,
+    path: Path,
+    family: str,
+) -> None:
+    """Check that a checkpoint holds the parameters of a network and nothing else.
+
+    Raises:
+        ValueError: as `check_shapes`; a parameter is no floating-point number, or a tensor belongs
+            to no parameter.
+    """
+    shapes = {name: stored.shape for name, stored in held.items()}
+    for name in check_shapes(needed, shapes, path=path):
+        if name.startswith("head."):  # what the network was finetuned for
+            raise ValueError(f"checkpoint {path} is incomplete: it has no {min(needed[name])}")
+    known = {name for parts in needed.values() for name in parts}
+    unknown = [name for name in held if name not in known]
+    if unknown:
+        raise ValueError(f"{path} holds {_first(unknown)}, which no {family} of ours has")
+    for name, stored in held.items():
+        if stored.dtype not in FLOATS:
+            raise ValueError(f"{path}: {name} is no weight of 16, 32 or 64 bits, floating point")
+
+
+def _first(texts: list[str]) -> str:
+    more = f" and {len(texts) - NUM_NAMED} more" if len(texts) > NUM_NAMED else ""
+    return ", ".join(texts[:NUM_NAMED]) + more
+
+
+def build_network(
+    model: ModelConfig, head: str | None, shapes: Mapping[str, Sequence[int]]
+) -> nn.Module:
+    """Return, on the meta device, the network for pretraining, or an encoder and its `head`.
+
+    `head`: what a finetuned one does, None for any other. `shapes` of the checkpoint's tensors, by
+    our names, say how many outputs heads have.
+    """
+    with torch.device("meta"):
+        if head is None and "head.weight" not in shapes:
+            return NETWORKS[model.family](model)
+        network = nn.Module()
+        network.encoder = BertEncoder(model)
+        for name in ("head", "answerability_head"):
+            if name == "head" or f"{name}.weight" in shapes:
+                num_outputs = (*shapes.get(f"{name}.weight", ()), 1)[0]
+                setattr(network, name, nn.Linear(model.hidden_size, num_outputs))
+    return network

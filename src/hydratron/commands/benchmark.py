@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from hydratron.checkpoint.peer import build_peer, check_peer, peer_batch
+from hydratron.checkpoint.huggingface import export_architecture
+from hydratron.checkpoint.peer import PRETRAINING_HEADS, build_peer, peer_batch
 from hydratron.commands import pretrain
 from hydratron.commands.environment import cluster_environment
 from hydratron.perf.devices import peak_tflops
@@ -30,21 +31,17 @@ class BenchmarkJob:
 def prepare(config: Mapping[str, Any]) -> BenchmarkJob:
     """Check a configuration; ValueError says what is wrong with it."""
     timing = build(TimingConfig, config["timing"], name="timing")
-    if config["trainer"]["cuda_graphs"] and timing.warmup_steps < 2:
+    if config["trainer"].get("cuda_graphs") and timing.warmup_steps < 2:
         raise ValueError(
             f"timing.warmup_steps {timing.warmup_steps} is not at least 2: with "
             "trainer.cuda_graphs the second step is the one that is captured"
         )
     # the last step is logged, and so comes after those that are timed and profiled
-    last = timing.total_steps + 1
-    settings = {"max_steps": last, "log_every": last, "max_skipped_steps": last}
-    unused = {"validation_samples": 1}
-    groups = {"trainer": config["trainer"] | settings, "data": config["data"] | unused}
-    job = pretrain.prepare(dict(config) | groups)
+    job = pretrain.prepare(config, num_timed=timing.total_steps + 1)
     if timing.peer and job.parallel.world_size > 1:
         raise ValueError(f"timing.peer {timing.peer} runs on one device: it needs parallel=single")
     if timing.peer:
-        check_peer(job.module.model_config)
+        export_architecture(job.module.model_config, PRETRAINING_HEADS)  # ValueError: has none
     return BenchmarkJob(job, timing)
 
 

@@ -1,28 +1,27 @@
 """The keys that a command's configuration has, and what those may be that stand in no group."""
 
+# pyright: reportOperatorIssue=false
+
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 from omegaconf import OmegaConf
 
-from hydratron.settings import (
-    BatchSize,
-    Count,
-    GroupSize,
-    Seed,
-    ShareBelowOne,
-    Text,
-    convert,
-    one_of,
-)
+from hydratron.settings import BatchSize, BelowOne, Count, GroupSize, Seed, convert, one_of, written
 
+
+def _is_path(value: Any) -> str | None:
+    return written(value) if isinstance(value, str) else "is not a path or a name"
+
+
+Name = Annotated[Any, _is_path] | None
 # also what is read beside the settings' dataclasses: sizes that count the processes of a job, and
 # what finetune and evaluate choose anew of a pretrained network
-KEYS = {
+KEYS: dict[str, Any] = {
     "seed": Seed,
     "rows": Count,
-    "runs": tuple[Text, ...] | None,
+    "runs": tuple[Annotated[Any, _is_path], ...] | None,
     "split": Annotated[str, one_of("validation", "test")],
     "to": Annotated[str, one_of("huggingface", "hydratron")],
     "parallel.tensor_parallel_size": GroupSize,
@@ -30,10 +29,10 @@ KEYS = {
     "trainer.num_nodes": GroupSize,
     "trainer.devices": GroupSize | None,
     "data.evaluation_batch_size": BatchSize,
-    "model.hidden_dropout": ShareBelowOne | None,
-    "model.attention_dropout": ShareBelowOne | None,
-    "model.path": Text | None,
-} | dict.fromkeys(("checkpoint", "tokenizer", "output", "calibration", "resume"), Text | None)
+    "model.hidden_dropout": BelowOne | None,
+    "model.attention_dropout": BelowOne | None,
+    "model.path": Name,
+} | dict.fromkeys(("checkpoint", "tokenizer", "output", "calibration", "resume"), Name)
 
 
 def check_keys(config: Mapping[str, Any], root: Path) -> None:

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydratron.checkpoint.conversion import to_huggingface, to_hydratron
+from hydratron.arguments import InputError
+from hydratron.checkpoint.conversion import check_output, to_huggingface, to_hydratron
 from hydratron.checkpoint.source import Checkpoint
 from hydratron.commands.tasks import open_checkpoint
-from hydratron.data.tokenizer import PreTrainedTokenizerFast, load_tokenizer
+from hydratron.data.tokenizer import PreTrainedTokenizerFast, add_frame, load_tokenizer
 
 CONVERSIONS = {"huggingface": to_huggingface, "hydratron": to_hydratron}
 
@@ -30,12 +31,13 @@ def prepare(config: Mapping[str, Any]) -> ConvertJob:
     for key in ("checkpoint", "output"):
         if config[key] is None:
             raise ValueError(f"{key}= is missing")
+    if not isinstance(config["output"], str | Path):
+        raise ValueError(f"output={config['output']} is not the name of a directory")
     output = Path(config["output"]).expanduser()
-    if output.exists():
-        raise ValueError(f"output {output} exists already")
+    check_output(output)
     checkpoint = open_checkpoint(config["checkpoint"])
     name = config["tokenizer"] or checkpoint.tokenizer
-    tokenizer = None if name is None else load_tokenizer(str(name))
+    tokenizer = None if name is None else add_frame(load_tokenizer(str(name)))
     if tokenizer is not None:
         checkpoint.check_tokenizer(tokenizer, str(name))
     return ConvertJob(config["to"], checkpoint, output, tokenizer)
@@ -44,7 +46,10 @@ def prepare(config: Mapping[str, Any]) -> ConvertJob:
 def run(job: ConvertJob, run_dir: Path) -> dict[str, Any]:
     """Convert; return what `result.json` says of it."""
     del run_dir  # the output goes where the user says
-    result = CONVERSIONS[job.to](job.checkpoint, job.output, job.tokenizer)
+    try:
+        result = CONVERSIONS[job.to](job.checkpoint, job.output, job.tokenizer)
+    except ValueError as error:  # a weight that cannot be read, a network without a counterpart
+        raise InputError(str(error)) from error
     entries = "none found; tokenizer= gives one"
     if job.tokenizer is not None:
         entries = f"{len(job.tokenizer):,} entries of {job.checkpoint.model.vocab_size:,} rows"

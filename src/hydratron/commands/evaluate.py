@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from hydratron.commands import tasks
-from hydratron.commands.environment import cluster_environment
+from hydratron.commands.environment import check_devices, cluster_environment
 from hydratron.settings import build
 from hydratron.training.config import ParallelConfig, TrainerConfig
 from hydratron.training.evaluation import evaluate, load_ensemble, score_ensemble
@@ -18,10 +18,12 @@ def prepare(config: Mapping[str, Any]) -> Job:
     """Check a configuration and read its data; ValueError says what is wrong with it."""
     parallel = build(ParallelConfig, config["parallel"], name="parallel")
     trainer = build(TrainerConfig, config["trainer"], name="trainer")
-    trainer.local_devices(parallel.world_size)
+    check_devices(trainer, parallel.world_size)
     trainer.check_float32_weights("evaluate")
     grid = {"trainer": trainer, "parallel": parallel}
-    if config["runs"]:
+    if config["runs"] is not None:
+        if config["checkpoint"] is not None:
+            raise ValueError(f"runs= and checkpoint={config['checkpoint']}: give one of them")
         runs = [Path(run).expanduser() for run in config["runs"]]
         data = tasks.open_ensemble(config, runs)
         scores = load_ensemble(runs, data)
@@ -31,7 +33,7 @@ def prepare(config: Mapping[str, Any]) -> Job:
             described = {"task": data.task.name, "num_runs": len(runs)}
             return described | score_ensemble(scores, data, run_dir)
 
-    elif "zeroshot" in config["task"].get("_target_", ""):
+    elif tasks.is_zero_shot(config):
         objective, sets, described = tasks.open_zero_shot(config)
 
         def job(run_dir: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """`hydratron pretrain`: train BERT or GPT-2 from nothing, or go on with a run."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +51,21 @@ class PretrainJob:
         }
 
 
-def prepare(config: Mapping[str, Any]) -> PretrainJob:
-    """Check a configuration and build its corpus; ValueError says what is wrong with it."""
+def prepare(config: Mapping[str, Any], *, num_timed: int | None = None) -> PretrainJob:
+    """Check a configuration and build its corpus; ValueError says what is wrong with it.
+
+    `num_timed`: the steps of a benchmark, of which the last is logged and none is validated.
+    """
     model = build(ModelConfig, config["model"], name="model")
     data = build(DataConfig, config["data"], name="data")
     optimizer = build(OptimizerConfig, config["optimizer"], name="optimizer")
     trainer = build(TrainerConfig, config["trainer"], name="trainer")
     parallel = build(ParallelConfig, config["parallel"], name="parallel")
+    if num_timed is None:
+        check_validation(data, num_steps=trainer.max_steps)
+    else:
+        limits = dict.fromkeys(("max_steps", "log_every", "max_skipped_steps"), num_timed)
+        trainer = replace(trainer, **limits)
     check_devices(trainer, parallel.world_size)
     check_logger(config["logger"])
     model.check_tensor_parallel(parallel.tensor_parallel_size)
@@ -66,7 +74,6 @@ def prepare(config: Mapping[str, Any]) -> PretrainJob:
             f"data.validation_samples {data.validation_samples} is less than"
             f" data_parallel_size {parallel.data_parallel_size}: each replica needs one"
         )
-    check_validation(data, num_steps=trainer.max_steps)
     if optimizer.shard and trainer.precision == "16-mixed":
         raise ValueError("optimizer.shard works with every trainer.precision but 16-mixed")
     return PretrainJob(

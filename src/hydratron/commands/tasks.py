@@ -4,10 +4,7 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from hydra.errors import HydraException
-from hydra.utils import get_class
+from typing import Any, get_args
 
 from hydratron.checkpoint.baseline import Baseline, read_baseline
 from hydratron.checkpoint.manifest import newest_intact
@@ -20,27 +17,38 @@ from hydratron.checkpoint.source import (
     write_model,
 )
 from hydratron.data.encodings import make_frame
+from hydratron.data.examples import read_json, write_text
 from hydratron.data.tokenizer import PreTrainedTokenizerFast, load_tokenizer
 from hydratron.processes import is_first_rank
+from hydratron.result import read_result
 from hydratron.settings import build
 from hydratron.training.finetuning import BEST, PretrainedBert
+from hydratron.training.protocol import NULL_THRESHOLD
 from hydratron.training.task_data import BatchConfig, TaskData
-from hydratron.training.tasks import GROUPS, Task
-from hydratron.training.zeroshot import ZeroShot, ZeroShotData
+from hydratron.training.tasks import GROUPS, SquadTask, Task
+from hydratron.training.zeroshot import ZeroShot, ZeroShotData, ZeroShotTask
 
 TASK = "task.json"
 # of the pretrained model, what a run may choose anew
 MODEL_SETTINGS = ("hidden_dropout", "attention_dropout", "recompute")
 Source = PretrainedBert | Baseline
+FINETUNED, ZERO_SHOT = get_args(Task), get_args(ZeroShotTask)
 
 
-def build_task(node: Mapping[str, Any]) -> Any:
-    """Return the task that `_target_` names, typed and checked."""
-    try:
-        cls = get_class(node["_target_"])
-    except (KeyError, HydraException) as error:
-        raise ValueError(f"task needs a _target_ that is one of its classes: {error}") from error
-    return build(cls, {k: v for k, v in node.items() if k != "_target_"}, name="task")
+def build_task(node: Any, known: tuple[type, ...] = FINETUNED + ZERO_SHOT) -> Any:
+    """Return the task that `_target_` names, typed and checked. Nothing but `known` is imported:
+    the name may come from a run directory of somebody else.
+    """
+    classes = {f"{cls.__module__}.{cls.__qualname__}": cls for cls in known}
+    target = str(node.get("_target_")) if isinstance(node, Mapping) else str(node)
+    if target not in classes:
+        raise ValueError(f"task._target_ {target} is not one of {', '.join(classes)}")
+    return build(classes[target], {k: v for k, v in node.items() if k != "_target_"}, name="task")
+
+
+def is_zero_shot(config: Mapping[str, Any]) -> bool:
+    """Whether the task is one of those that train nothing."""
+    return str((config.get("task") or {}).get("_target_")).startswith(f"{ZERO_SHOT[0].__module__}.")
 
 
 def fill(node: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -52,6 +60,8 @@ def open_checkpoint(name: str | None) -> Checkpoint:
     """Read a checkpoint; of a run that kept its best one, that."""
     if not name:
         raise ValueError("checkpoint= is missing: a run directory, a Hugging Face folder or name")
+    if not isinstance(name, str | Path):
+        raise ValueError(f"checkpoint={name} is not the name of a directory")
     best = Path(name).expanduser() / CHECKPOINTS / BEST
     return read_checkpoint(best if best.is_dir() else name)
 
@@ -113,6 +123,11 @@ def open_source(
     model = dataclasses.replace(checkpoint.model, **changes)
     model.check_tensor_parallel(tensor_parallel_size)
     tokenizer = open_tokenizer(config["tokenizer"], checkpoint)
+    if tokenizer.padding_side != "right":
+        raise ValueError(
+            f"the tokenizer of {checkpoint.path} has padding_side {tokenizer.padding_side!r}:"
+            " a BERT's first token is [CLS], so that padding comes last"
+        )
     return PretrainedBert(checkpoint, model, task, needs_head=needs_head), tokenizer
 
 
@@ -148,7 +163,21 @@ def remember_task(data: TaskData, run_dir: Path) -> None:
         path = task.path(group)
         values[f"{group}_path"] = None if path is None else str(path.absolute())
     target = f"{type(task).__module__}.{type(task).__qualname__}"
-    (run_dir / TASK).write_text(json.dumps({"_target_": target} | values, indent=2) + "\n")
+    write_text(run_dir / TASK, json.dumps({"_target_": target} | values, indent=2) + "\n")
+
+
+def stored_task(run: Path) -> dict[str, Any]:
+    """Return what `remember_task` wrote, empty where it did not.
+
+    Raises:
+        ValueError: the file is not what it wrote.
+    """
+    if not (run / TASK).is_file():
+        return {}
+    found = read_json(run / TASK)
+    if not isinstance(found, dict) or not isinstance(found.get("name"), str):
+        raise ValueError(f"{run / TASK} describes no task")
+    return found
 
 
 def run_directory(checkpoint: str) -> Path:
@@ -161,30 +190,61 @@ def task_of_run(node: Mapping[str, Any], checkpoint: str | None) -> Any:
     """Return the task of a finetuned run, with what `task.` gives in place of its own.
 
     Raises:
-        ValueError: no such run, or one that is not finetuned.
+        ValueError: no such run, one that is not finetuned, or a task= for one that knows its own.
     """
     if not checkpoint:
         raise ValueError("checkpoint= is missing: a finetuned run, or runs=[...] for an ensemble")
-    path = run_directory(checkpoint) / TASK
+    stored = stored_task(run_directory(checkpoint))
     given = {key: value for key, value in node.items() if value is not None}
-    if path.is_file():
-        if "_target_" in given and given["name"] != (name := json.loads(path.read_text())["name"]):
-            raise ValueError(f"{checkpoint} is finetuned on {name}, not on {given['name']}")
-        return build_task(json.loads(path.read_text()) | given)
-    if "_target_" in given:
-        return build_task(given)
-    raise ValueError(f"{checkpoint} is no finetuned run: it has no {TASK}; name its task=")
+    if stored and "_target_" in given:
+        raise ValueError(
+            f"{checkpoint} is finetuned on {stored['name']}: leave out task=, whose settings need"
+            " not be the run's; task.KEY=VALUE changes one"
+        )
+    if not stored and "_target_" not in given:
+        raise ValueError(f"{checkpoint} is no finetuned run: it has no {TASK}; name its task=")
+    return build_task(stored | given, FINETUNED)
+
+
+def with_null_threshold(task: Task, config: Mapping[str, Any]) -> Task:
+    """Give SQuAD 2.0 the threshold that the run tuned in its validation, unless just those
+    questions are scored again: a threshold tuned on a test set is one that has seen its answers.
+
+    Raises:
+        ValueError: the run has tuned none for this checkpoint.
+    """
+    if not isinstance(task, SquadTask) or not task.tunes_threshold:
+        return task
+    checkpoint = Path(config["checkpoint"]).expanduser()
+    run = run_directory(config["checkpoint"])
+    is_other = bool(stored_task(run)) and bool(config["task"].get("validation_path"))
+    if config["split"] == "validation" and not is_other:
+        return task
+    result = read_result(run)
+    found = result.get(NULL_THRESHOLD)
+    is_of_result = (run / CHECKPOINTS).is_dir() and checkpoint.resolve() in (
+        run.resolve(),
+        open_run(str(run)).resolve(),
+    )
+    if result.get("status") != "ok" or not is_of_result or not isinstance(found, float):
+        raise ValueError(
+            f"task.null_threshold= is missing: {checkpoint} has no threshold that a finished"
+            " run tuned for it in validation"
+        )
+    return dataclasses.replace(task, null_threshold=found)
 
 
 def open_finetuned(config: Mapping[str, Any]) -> tuple[Source, TaskData]:
     """Return the network of a finetuned run and the split to score."""
-    task = task_of_run(config["task"], config["checkpoint"])
+    task = with_null_threshold(task_of_run(config["task"], config["checkpoint"]), config)
     model = config["model"]
     stored = read_run_config(run_directory(config["checkpoint"])).get("model") or {}
     if model.get("family") is None and stored.get("family") == "huggingface":
         model = stored
     source, tokenizer = open_source(dict(config) | {"model": model}, task, needs_head=True)
-    return source, open_split(config, task, tokenizer, max_positions=source.max_positions)
+    data = open_split(config, task, tokenizer, max_positions=source.max_positions)
+    data.check_rows(config["parallel"]["data_parallel_size"])
+    return source, data
 
 
 def open_split(
@@ -197,18 +257,24 @@ def open_split(
     """Return the data of `split=`."""
     if config["split"] not in ("validation", "test"):
         raise ValueError(f"split {config['split']!r} is not one of validation, test")
-    batches = build(BatchConfig, dict(config["data"]) | {"global_batch_size": 1}, name="data")
     groups = (config["split"],)
+    batches = read_batches(config)
     return TaskData(task, batches, tokenizer, max_positions=max_positions, groups=groups)
+
+
+def read_batches(config: Mapping[str, Any]) -> BatchConfig:
+    """Return the batches of an evaluation, which has no optimizer steps."""
+    return build(BatchConfig, dict(config["data"]) | {"global_batch_size": 1}, name="data")
 
 
 def open_zero_shot(config: Mapping[str, Any]) -> tuple[ZeroShot, ZeroShotData, dict[str, Any]]:
     """Return a GPT-2, sets on which it was not trained, and what `result.json` says of both."""
-    task, checkpoint = build_task(config["task"]), open_checkpoint(config["checkpoint"])
+    task = build_task(config["task"], ZERO_SHOT)
+    checkpoint = open_checkpoint(config["checkpoint"])
     checkpoint.model.check_tensor_parallel(config["parallel"]["tensor_parallel_size"])
     tokenizer = open_tokenizer(config["tokenizer"], checkpoint)
     sets = task.load(tokenizer, checkpoint.model.max_seq_len)
-    data = ZeroShotData(sets, batch_size=config["data"]["evaluation_batch_size"])
+    data = ZeroShotData(sets, batch_size=read_batches(config).evaluation_batch_size)
     described = describe_checkpoint(checkpoint) | {"task": task.name}
     return ZeroShot(checkpoint, sets), data, described
 
@@ -217,7 +283,8 @@ def open_ensemble(config: Mapping[str, Any], runs: list[Path]) -> TaskData:
     """Return the examples that all of `runs` have scored, encoded as the first run did.
 
     Raises:
-        ValueError: a run is no finetuned one, of another task than the first, or named twice.
+        ValueError: a run is no finetuned one, of another task than the first or scored in another
+            way, or named twice.
     """
     for run in runs:
         if [other.resolve() for other in runs].count(run.resolve()) > 1:
@@ -226,5 +293,9 @@ def open_ensemble(config: Mapping[str, Any], runs: list[Path]) -> TaskData:
     for run, task in zip(runs, found, strict=True):
         if task.name != found[0].name:
             raise ValueError(f"{run} is of task {task.name}, {runs[0]} of {found[0].name}")
+        for key in task.scored_with:
+            own, first = getattr(task, key), getattr(found[0], key)
+            if own != first:
+                raise ValueError(f"task.{key} of {run} is {own}, of {runs[0]} {first}")
     tokenizer = load_tokenizer(str(runs[0] / TOKENIZER))
     return open_split(config, found[0], tokenizer, max_positions=found[0].max_seq_len)

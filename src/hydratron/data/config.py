@@ -8,9 +8,9 @@ from hydratron.data.bert import most_masked
 from hydratron.settings import (
     BatchSize,
     Count,
-    SequenceLength,
+    Length,
+    OpenShare,
     Share,
-    ShareBetween,
     Text,
     Workers,
     check,
@@ -46,13 +46,13 @@ class DataConfig:
     path: Text | None
     tokenizer: Text
     cache_dir: Text
-    seq_len: SequenceLength
+    seq_len: Length
     global_batch_size: BatchSize
     micro_batch_size: BatchSize | None = None
     lowercase: bool = True
-    holdout: ShareBetween = 0.03
+    holdout: OpenShare = 0.03
     validation_samples: Count = 256
-    masked_fraction: ShareBetween = 0.15
+    masked_fraction: OpenShare = 0.15
     max_ngram: Count = 3
     short_sample_fraction: Share = 0.1
     num_workers: Workers = 0

@@ -12,7 +12,7 @@ from typing import Annotated, NamedTuple
 
 import numpy as np
 
-from hydratron.settings import Interval, ShareBetween, check
+from hydratron.settings import Interval, OpenShare, check
 
 _SEED = 1  # of the hash functions: part of the format, not a setting
 _NEIGHBOURS = 64  # members of a bucket each document is paired with, besides the bucket's first
@@ -29,7 +29,7 @@ class NearDuplicates:
     Fewer hashes a band find more and compare more. ValueError for values that cannot be.
     """
 
-    threshold: ShareBetween = 0.7
+    threshold: OpenShare = 0.7
     ngram: Annotated[int, Interval(1, 1000)] = 5
     num_hashes: Annotated[int, Interval(1, 10_000)] = 180
     num_bands: Annotated[int, Interval(1, 10_000)] = 20

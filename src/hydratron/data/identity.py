@@ -4,13 +4,13 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerFast
 
 from hydratron.data.blend import integer_weights
 from hydratron.data.indexed import IndexedCorpus
-from hydratron.data.manifest import MANIFEST, Manifest
+from hydratron.data.manifest import Manifest
 from hydratron.data.tokenizer import tokenizer_hash
 
 _WHOLE = 1 << 30  # bytes of a file that are hashed whole: about a second
@@ -60,10 +60,12 @@ def _short_hash(parts: object) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _prepared_hash(prefix: Path) -> str | None:
-    if not (prefix.parent / MANIFEST).is_file():
+def _prepared_hash(prefix: Path) -> Any:
+    try:
+        sources = Manifest.read(prefix.parent).sources
+    except ValueError:  # none there, or some other program's
         return None
-    return Manifest.read(prefix.parent).sources.get(prefix.name, {}).get("sha256")
+    return sources.get(prefix.name, {}).get("sha256")
 
 
 def _sampled_hash(path: Path) -> str:

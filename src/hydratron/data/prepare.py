@@ -80,7 +80,7 @@ def _check_finished(manifest: Manifest, corpus: CorpusConfig, output: Path) -> N
     elif not manifest.inputs:
         problem = "holds a corpus whose manifest does not say which texts it was made of"
     elif inputs := differing_keys(manifest.inputs, read_inputs(corpus)):
-        problem = f"holds a corpus of other inputs ({name_some(inputs)})"
+        problem = f"holds a corpus whose inputs have changed since ({name_some(inputs)})"
     else:
         return
     raise ValueError(f"{output} {problem}; it is never rewritten: name another output")

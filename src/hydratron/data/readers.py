@@ -3,9 +3,12 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from tarfile import TarError
 from typing import Any, NamedTuple
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets.exceptions import DatasetsError
+from yaml import YAMLError
 
 from hydratron.data.files import (
     JSON_ENDINGS,
@@ -75,7 +78,7 @@ def load_rows(source: Source) -> Dataset:
             loaded: Any = load_from_disk(str(path))
         else:
             loaded = load_dataset(str(source.path), source.subset, split=source.split)
-    except (OSError, ValueError, ConnectionError) as error:
+    except (OSError, ValueError, DatasetsError, TarError, YAMLError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"dataset {source.path!r} is not to be had: {reason}") from error
     if isinstance(loaded, DatasetDict):

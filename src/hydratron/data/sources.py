@@ -6,19 +6,20 @@ from math import inf
 from typing import Annotated, Any
 
 from hydratron.data.deduplication import NearDuplicates
-from hydratron.settings import CountOrZero, Interval, Positive, Text, check, one_of
+from hydratron.settings import Interval, Natural, Positive, Text, check, one_of
 
 
 @dataclass(frozen=True)
 class Source:
     """One corpus of a blend: where its raw text is, and its share of the samples.
 
-    `kind`: "text" (a folder of .txt, .gz or .zst allowed, or one file), "jsonl" (one document a
-    line, under `text_key`; .gz and .zst), "wikitext" (articles under " = Title = "),
-    "huggingface" (a dataset by name or path; `subset` and `split`). `path` may have wildcards.
-    `weight`: share of the samples, None for its share of the tokens. `split_files`: cut each text
-    into chapters or runs of about 2,000 words. `join_lines`: undo newlines inside sentences.
-    `exclude_titles`: a WikiText file whose articles are left out, as those of WikiText-103's test
+    `kind`: "text" (.txt), "jsonl" (.jsonl, .json or .ndjson, one document a line, under
+    `text_key`), "wikitext" (articles under " = Title = "), "huggingface" (a dataset by name or
+    path; `subset` and `split`). `path`: a folder, a file or a pattern with `*`, `?` and `**`; files
+    may be packed (.gz, .zst). `weight`: share of the samples; all sources have one, or none has and
+    their tokens count. `split_files`: cut each text into chapters or runs of about 2,000 words.
+    `join_lines`: undo newlines inside sentences. `exclude_titles`: a WikiText file whose articles
+    are left out, as those of WikiText-103's test
     set are from Wikipedia (Shoeybi et al. 2019, 4.1). `home` and `licence` go to the manifest.
     ValueError for values that cannot be.
     """
@@ -67,7 +68,7 @@ class StepsConfig:
 
     fix_text: bool = True
     language: Text | None = None
-    min_tokens: CountOrZero = 128
+    min_tokens: Natural = 128
     exact_duplicates: bool = True
     near_duplicates: NearDuplicates | None = None
     decontaminate: tuple[Text, ...] = ()

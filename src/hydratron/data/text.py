@@ -208,6 +208,7 @@ def _build(
         split_sentences(document) if split_into_sentences else [document]
         for _, text in read_text_folder(path)
         for document in split_documents(text)
+        if document.strip("\0\n ")  # a file that a crash left is NULs, which some tokenizers have
     )
     # Megatron's choice of type: two bytes a token while they can hold the vocabulary
     with IndexedWriter(

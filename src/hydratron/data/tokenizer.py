@@ -17,6 +17,7 @@ from tokenizers import (
     models,
     normalizers,
     pre_tokenizers,
+    processors,
     trainers,
 )
 from transformers import (
@@ -137,12 +138,32 @@ def _train_character(texts: list[str], vocab_size: int, lowercase: bool) -> Toke
 
 def _wrap(backend: Tokenizer) -> PreTrainedTokenizerFast:
     vocab = backend.get_vocab()
-    return PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         clean_up_tokenization_spaces=False,
         model_max_length=_NO_LIMIT,
         **{role: token for role, token in _ROLES.items() if token in vocab},
     )
+    return add_frame(tokenizer)
+
+
+def add_frame(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """Let `tokenizer` give `[CLS] a [SEP] b [SEP]` and token types where it is called; return it.
+
+    So clients of transformers see what BERT was trained on. Nothing is changed where a tokenizer
+    adds special tokens already, or lacks these two.
+    """
+    backend, ends = tokenizer.backend_tokenizer, (tokenizer.sep_token, tokenizer.cls_token)
+    if None in ends or backend.num_special_tokens_to_add(is_pair=True):
+        return tokenizer
+    vocab = tokenizer.get_vocab()
+    frame = processors.BertProcessing(*((str(token), vocab[str(token)]) for token in ends))
+    before = backend.post_processor
+    backend.post_processor = processors.Sequence([before, frame]) if before else frame
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    # the second is what save_pretrained writes
+    tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
+    return tokenizer
 
 
 def load_tokenizer(spec: str) -> PreTrainedTokenizerFast:
@@ -294,5 +315,11 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     # calls with truncation= or padding= leave these two behind in the tokenizer
     state = {name: value for name, value in state.items() if name not in ("truncation", "padding")}
+    # BERT's frame is what every text of an encoder is put in, by the tokenizer or by us
+    match state["post_processor"]:
+        case {"type": "BertProcessing"}:
+            state["post_processor"] = None
+        case {"type": "Sequence", "processors": [before, {"type": "BertProcessing"}]}:
+            state["post_processor"] = before
     text = json.dumps([state, tokenizer.special_tokens_map], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -27,8 +27,8 @@ def attend(
     Args:
         qkv: [B*S, 3, N, D], queries, keys and values.
         seq_len: S.
-        key_mask: [B, 1, 1, S] bool: a row's tokens (True), then its padding (False); None when
-            nothing is padding. What comes out for padding is of no use.
+        key_mask: [B, 1, 1, S] bool: a row's tokens (True), then its padding (False), or the other
+            way round; None when nothing is padding. What comes out for padding is of no use.
         dropout: of the attention weights.
         is_causal: whether a token sees those before it alone.
 
@@ -66,13 +66,15 @@ def is_ampere_or_newer(device: torch.device) -> bool:
 
 
 def segment_starts(key_mask: Tensor) -> Tensor:
-    """Return where sequences start that see themselves alone: each row's tokens, then its padding.
+    """Return where sequences start that see themselves alone: each row's tokens and its padding.
 
     Kernels for sequences of many lengths need no mask and keep their shapes whatever the lengths:
     [2B + 1] int32 for a `key_mask` of [B, 1, 1, S], the last one the end.
     """
     batch_size, seq_len = key_mask.size(0), key_mask.size(-1)
-    lengths = key_mask.flatten(1).sum(1, dtype=torch.int32)  # [B]
+    mask = key_mask.flatten(1)  # [B, S]
+    # as many as are like the first: its tokens, or the padding before them
+    lengths = (mask == mask[:, :1]).sum(1, dtype=torch.int32)  # [B]
     rows = torch.arange(batch_size + 1, dtype=torch.int32, device=key_mask.device) * seq_len
-    padding = rows[:-1] + lengths
-    return torch.cat([torch.stack([rows[:-1], padding], dim=1).flatten(), rows[-1:]])
+    seconds = rows[:-1] + lengths
+    return torch.cat([torch.stack([rows[:-1], seconds], dim=1).flatten(), rows[-1:]])

@@ -3,14 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from hydratron.settings import (
-    Interval,
-    Positive,
-    SequenceLength,
-    ShareBelowOne,
-    check,
-    one_of,
-)
+from hydratron.settings import BelowOne, Interval, Length, Positive, PositiveShare, check, one_of
 
 RECOMPUTE = ("none", "selective", "full")
 LayerNormPlacement = Annotated[str, one_of("pre", "post")]
@@ -38,16 +31,16 @@ class ModelConfig:
     num_layers: Annotated[int, Interval(1, 10_000)]
     num_heads: Width
     vocab_size: Annotated[int, Interval(1, 2**24)]
-    max_seq_len: SequenceLength
+    max_seq_len: Length
     intermediate_size: Width | None = None
     num_token_types: Width = 2
     layernorm: LayerNormPlacement = "pre"
     init: Initialisation = "scaled"
     init_std: Positive = 0.02
-    layernorm_eps: Annotated[float, Interval(0, 1, above=True)] = 1e-5
+    layernorm_eps: PositiveShare = 1e-5
     activation: Annotated[str, one_of("gelu", "gelu_tanh")] = "gelu"
-    hidden_dropout: ShareBelowOne = 0.1
-    attention_dropout: ShareBelowOne = 0.1
+    hidden_dropout: BelowOne = 0.1
+    attention_dropout: BelowOne = 0.1
     recompute: Recompute = "none"
 
     def __post_init__(self) -> None:

@@ -207,8 +207,8 @@ class Transformer(nn.Module):
         Args:
             input_ids: [B, S], the same on every rank of the group, as are the others.
             token_type_ids: [B, S], BERT only; zeros by default.
-            attention_mask: [B, S] bool: a row's tokens (True), then its padding (False); None when
-                nothing is padding.
+            attention_mask: [B, S] bool: a row's tokens (True), then its padding (False), or the
+                other way round; None when nothing is padding. Positions count from 0.
 
         Returns:
             [T/t, H] with T = B x S, padded at the end to a multiple of the group's size.

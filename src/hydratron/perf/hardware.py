@@ -11,15 +11,15 @@ from typing import Annotated
 from hydratron.settings import (
     GroupSize,
     Interval,
+    NotNegative,
     Positive,
-    PositiveOrZero,
+    PositiveShare,
     Share,
     Text,
     check,
 )
 
 GIB = 2**30
-AttainedShare = Annotated[float, Interval(0, 1, above=True)]
 
 
 @dataclass(frozen=True)
@@ -49,20 +49,20 @@ class Hardware:
     memory_bandwidth: Positive
     intra_node_bandwidth: Positive
     inter_node_bandwidth: Positive
-    product_efficiency: AttainedShare
-    attention_efficiency: AttainedShare
-    masked_attention_efficiency: AttainedShare
-    elementwise_efficiency: AttainedShare
-    memory_efficiency: AttainedShare
+    product_efficiency: PositiveShare
+    attention_efficiency: PositiveShare
+    masked_attention_efficiency: PositiveShare
+    elementwise_efficiency: PositiveShare
+    memory_efficiency: PositiveShare
     has_bf16: bool = True
     num_nodes: GroupSize = 1
-    reserved_gib: PositiveOrZero = 2.0
-    workspace_gib: PositiveOrZero = 0.03
-    intra_node_latency_us: PositiveOrZero = 4.0
-    inter_node_latency_us: PositiveOrZero = 10.0
-    collective_us: PositiveOrZero = 15.0
-    kernel_us: PositiveOrZero = 4.0
-    step_ms: PositiveOrZero = 1.0
+    reserved_gib: NotNegative = 2.0
+    workspace_gib: NotNegative = 0.03
+    intra_node_latency_us: NotNegative = 4.0
+    inter_node_latency_us: NotNegative = 10.0
+    collective_us: NotNegative = 15.0
+    kernel_us: NotNegative = 4.0
+    step_ms: NotNegative = 1.0
     overlap: Share = 0.9
 
     def check_precision(self, precision: str) -> None:

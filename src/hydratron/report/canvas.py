@@ -28,6 +28,7 @@ STYLES = (
     ("#000000", (0, (8, 2, 1, 2, 1, 2)), "v"),
     ("#E69F00", (0, (10, 3)), "P"),
     ("#56B4E9", (0, (4, 1, 1, 1)), "X"),
+    ("#6E6E6E", (0, (14, 2)), "<"),
 )
 # Dotted, and nothing else is.
 ENTROPY_DASHES = (0, (1, 2))
@@ -64,8 +65,14 @@ def verbatim(text: str) -> str:
 
 
 def style_of(key: str | None, value: Any, index: int) -> tuple[str, Any, str]:
-    """Colour, dashes and marker for the `index`-th value of a key."""
-    return FIXED_STYLES.get((key or "", value), STYLES[index % len(STYLES)])
+    """Colour, dashes and marker for the `index`-th value of a key, no two alike."""
+    if (key or "", value) in FIXED_STYLES:
+        return FIXED_STYLES[key or "", value]
+    index += sum(fixed == key for fixed, _ in FIXED_STYLES)
+    turn, place = divmod(index, len(STYLES))
+    color, dashes, marker = zip(*(STYLES * 3), strict=True)
+    turn %= len(STYLES)
+    return color[place], dashes[place + turn], marker[place + 2 * turn]
 
 
 def add_title(figure: Figure, title: str, subtitle: str) -> None:
@@ -117,9 +124,10 @@ def make_panels(
 
 def save_figure(figure: Figure, path: Path) -> Path:
     """Write `path`.png and `path`.svg; returns the PNG."""
-    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-    figure.savefig(path.with_suffix(".png"))
-    return path.with_suffix(".png")
+    figure.savefig(path.with_name(f"{path.name}.svg"), metadata={"Date": None})
+    png = path.with_name(f"{path.name}.png")  # a name may have a dot in it, `bert_3.9b`
+    figure.savefig(png)
+    return png
 
 
 def count_seeds(section: Section) -> str:

@@ -20,6 +20,7 @@ from hydratron.report.canvas import (
     add_title,
     make_panels,
     save_figure,
+    style_of,
 )
 from hydratron.report.tables import Table, print_table
 
@@ -123,7 +124,7 @@ def memory_bars(rows: Sequence[Row], path: Path, *, limit_gib: float, title: str
         axes = grid.flat[0]
         left = [0.0] * len(rows)
         for (color, _, _), part, hatch in zip(
-            STYLES, MEMORY_PARTS, ("", "////", "....", "\\\\\\\\"), strict=False
+            STYLES, MEMORY_PARTS, ("", "////", "xxxx", "\\\\\\\\"), strict=False
         ):
             widths = [row[f"{part}_gib"] for row in rows]
             axes.barh(
@@ -152,7 +153,7 @@ def memory_bars(rows: Sequence[Row], path: Path, *, limit_gib: float, title: str
 
 def scaling_curves(curves: dict[str, Sequence[Row]], path: Path, *, title: str) -> Path:
     """Weak scaling: TFLOP/s of a GPU, over the GPUs, and its share of the first point."""
-    entries = {name: STYLES[i % len(STYLES)] for i, name in enumerate(curves)}
+    entries = {name: style_of(None, None, i) for i, name in enumerate(curves)}
     with mpl.rc_context(RC):
         figure, grid = make_panels(1, 1, height=2.9, labels=list(curves))
         axes = grid.flat[0]

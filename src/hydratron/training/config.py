@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import torch
 
-from hydratron.settings import Count, CountOrZero, GroupSize, Interval, check, one_of
+from hydratron.settings import Count, GroupSize, Interval, Natural, check, one_of
 
 # bf16-true and fp8: weights of 16 bits with float32 masters, so Lightning has nothing to do
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "fp8")
@@ -57,11 +57,11 @@ class TrainerConfig:
     precision: Annotated[str, one_of(*PRECISIONS)] = "32-true"
     log_every: Count = 10
     log_layer_norms: bool = False
-    val_every: CountOrZero = 0
-    checkpoint_every: CountOrZero = 0
+    val_every: Natural = 0
+    checkpoint_every: Natural = 0
     compile: bool = False
     cuda_graphs: bool | None = False
-    max_skipped_steps: CountOrZero = 10
+    max_skipped_steps: Natural = 10
     async_checkpoints: bool = False
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ from hydratron.training.finetuning import OUTPUT, score_split
 from hydratron.training.module import Objective, TrainingModule
 from hydratron.training.optimisation import OptimizerConfig
 from hydratron.training.task_data import TaskData
-from hydratron.training.tasks import Scores, load_scores, write_outputs
+from hydratron.training.tasks import Scores, load_scores, row_keys, write_outputs
 from hydratron.training.trainer import build_trainer
 
 
@@ -43,21 +43,16 @@ def evaluate(
 
 
 def load_ensemble(runs: Sequence[Path], data: TaskData) -> list[list[Scores]]:
-    """Return for each split the scores of all runs.
+    """Return for each split the scores of all runs, each in the order of the split's rows.
 
     Raises:
-        ValueError: a run without scores of the split, or with those of another number of examples.
+        ValueError: a run without scores of the split, or with those of other rows.
     """
     found = []
     for split in data.evaluation_splits():
-        scores = [load_scores(run / OUTPUT / f"{split.name}.safetensors") for run in runs]
-        for run, columns in zip(runs, scores, strict=True):
-            num_rows, expected = len(next(iter(columns.values()))), len(split.encodings)
-            if num_rows != expected:
-                raise ValueError(
-                    f"{run} has scores of {num_rows} examples, {split.name} has {expected}"
-                )
-        found.append(scores)
+        keys = row_keys(data.task, split)
+        files = [run / OUTPUT / f"{split.name}.safetensors" for run in runs]
+        found.append([load_scores(file, keys) for file in files])
     return found
 
 

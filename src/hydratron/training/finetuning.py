@@ -294,7 +294,8 @@ class FinetuneJob:
     """A checked job: everything is read that needs no process group.
 
     Raises:
-        ValueError: `trainer.precision` is one of pretraining alone.
+        ValueError: `trainer.precision` is one of pretraining alone, or does not go with
+            `optimizer.shard`.
     """
 
     trainer: TrainerConfig
@@ -316,6 +317,9 @@ class FinetuneJob:
 
     def __post_init__(self) -> None:
         self.trainer.check_float32_weights("finetune")
+        # Lightning's scaler does not know that the parts of a sharded optimizer hold the gradients
+        if self.optimizer.shard and self.trainer.precision == "16-mixed":
+            raise ValueError("optimizer.shard works with every trainer.precision but 16-mixed")
 
 
 def finetune(

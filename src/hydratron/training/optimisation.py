@@ -15,13 +15,13 @@ from hydratron.parallel.grad_norm import clip_coefficient, clip_grad_norm
 from hydratron.parallel.placement import parameter_placements
 from hydratron.parallel.zero import ShardedAdamW
 from hydratron.settings import (
+    BelowOne,
     Count,
-    CountOrZero,
-    Interval,
+    Natural,
+    NotNegative,
     Positive,
-    PositiveOrZero,
+    PositiveShare,
     Share,
-    ShareBelowOne,
     check,
     one_of,
 )
@@ -41,14 +41,14 @@ class OptimizerConfig:
     """
 
     lr: Positive
-    beta1: ShareBelowOne = 0.9
-    beta2: ShareBelowOne = 0.999
-    eps: Annotated[float, Interval(0, 1, above=True)] = 1e-8
-    weight_decay: PositiveOrZero = 0.01
+    beta1: BelowOne = 0.9
+    beta2: BelowOne = 0.999
+    eps: PositiveShare = 1e-8
+    weight_decay: NotNegative = 0.01
     clip: Positive | None = 1.0
     schedule: Annotated[str, one_of("linear", "cosine", "constant")] = "linear"
-    warmup_steps: CountOrZero | None = None
-    warmup_fraction: ShareBelowOne = 0.01
+    warmup_steps: Natural | None = None
+    warmup_fraction: BelowOne = 0.01
     decay_steps: Count | None = None
     min_lr_ratio: Share = 0.0
     shard: bool = False

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydratron.checkpoint.runs import is_grid
+NULL_THRESHOLD = "val/null_threshold"
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,10 @@ class Protocol:
     output: Path
     hydratron: Callable[..., None]
 
-    def choose(self, given: Mapping[str, str], seed: str) -> dict[str, str]:
-        """Return the settings of the best point of the grid in `given`, trained with `seed`."""
-        grid = [key for key, value in given.items() if is_grid(value)]
+    def choose(self, given: Mapping[str, str], grid: Sequence[str], seed: str) -> dict[str, str]:
+        """Return the best point of `grid`, the keys of `given` with several values, each point
+        trained with `seed`.
+        """
         if not grid:
             return {}
         winner = best(self._sweep(dict(given) | {"seed": seed}, self.output / "grid"))
@@ -90,16 +91,23 @@ class Protocol:
         paths = ",".join(str(run.path) for run in runs)
         summary = summarize(runs)
         summary["ensemble"] = self._evaluate(self.output / "ensemble", f"runs=[{paths}]")
-        return summary | (self._test(runs) if "task.test_path" in given else {})
+        if "task.test_path" not in given:
+            return summary
+        return summary | self._test(runs, summary["ensemble"].get(NULL_THRESHOLD))
 
-    def _test(self, runs: Sequence[Scored]) -> dict[str, Any]:
+    def _test(self, runs: Sequence[Scored], threshold: float | None) -> dict[str, Any]:
+        """Return the test scores of the median's checkpoint, and the ensemble's at `threshold`, the
+        one that was tuned for it in validation (SQuAD 2.0; each run has its own).
+        """
         folders = [self.output / "test" / run.path.name for run in runs]
         found = [
             self._evaluate(folder, f"checkpoint={run.path}", "split=test")
             for run, folder in zip(runs, folders, strict=True)
         ]
         paths = ",".join(map(str, folders))
-        mean = self._evaluate(self.output / "test_ensemble", f"runs=[{paths}]", "split=test")
+        tuned = [] if threshold is None else [f"task.null_threshold={threshold}"]
+        directory = self.output / "test_ensemble"
+        mean = self._evaluate(directory, f"runs=[{paths}]", "split=test", *tuned)
         return found[runs.index(median(runs))] | {"test_ensemble": mean}
 
     def _sweep(self, given: Mapping[str, str], directory: Path) -> list[Scored]:

@@ -122,8 +122,29 @@ class TaskData(LightningDataModule):
         for name, rows in self.task.read(group).items():
             key = cache_key(rows, self.tokenizer, settings)
             self.keys[name] = key
-            splits.append(Split(name, rows, encode_cached(rows, encode, cache, key)))
+            try:
+                splits.append(Split(name, rows, encode_cached(rows, encode, cache, key)))
+            except OSError as error:
+                directory, reason = self.config.cache_dir, error.strerror
+                raise ValueError(f"data.cache_dir {directory} is of no use: {reason}") from error
         return splits
+
+    def check_rows(self, data_parallel_size: int) -> None:
+        """Raise ValueError where a split has fewer rows than there are replicas, or the training
+        rows do not fill one batch.
+        """
+        for split in (split for splits in self.splits.values() for split in splits):
+            num_rows = len(split.encodings)
+            if num_rows < data_parallel_size:
+                raise ValueError(
+                    f"{split.name} has {num_rows} rows, fewer than parallel.data_parallel_size"
+                    f" {data_parallel_size}"
+                )
+            if split.name == "train" and num_rows < self.config.global_batch_size:
+                raise ValueError(
+                    f"data.global_batch_size {self.config.global_batch_size} is more than the"
+                    f" {num_rows} training rows"
+                )
 
     def steps_per_epoch(self, data_parallel_size: int) -> int:
         """Return the optimizer steps of one pass over the training rows."""

@@ -4,12 +4,15 @@ They differ by data set, encoding, head and metric; the loop is the same. Letter
 (windows for SQuAD), C classes or choices, S tokens, H hidden.
 """
 
-from collections.abc import Sequence
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
@@ -26,19 +29,11 @@ from hydratron.data.glue import (
 )
 from hydratron.data.tokenizer import PreTrainedTokenizerFast
 from hydratron.models.heads import Classifier, SpanExtractor
-from hydratron.settings import (
-    LARGEST,
-    Count,
-    Interval,
-    SequenceLength,
-    ShareBelowOne,
-    Text,
-    check,
-    one_of,
-)
+from hydratron.settings import BelowOne, Count, Finite, Interval, Length, Text, check, one_of
 
 # What a model says of a split: per name a row for each example, in order.
 Scores = dict[str, list[np.ndarray]]
+ROW_KEYS = "row_keys"  # of a scores file
 GROUPS = {"train": "train", "validation": "val", "test": "test"}
 
 
@@ -57,7 +52,8 @@ class TaskSettings:
 
     `max_seq_len` is cut to what the model has. `patience`: validations without a better score after
     which training stops and the best one counts; None trains to the end. `new_head`: do not take
-    the head of a finetuned checkpoint.
+    the head of a finetuned checkpoint. `scored_with` names what beside a row's logits decides its
+    score: runs of an ensemble share it.
     """
 
     name: Text
@@ -65,10 +61,11 @@ class TaskSettings:
     validation_path: Text | None = None
     test_path: Text | None = None
     epochs: Annotated[int, Interval(1, 10_000)] = 3
-    max_seq_len: SequenceLength = 512
-    head_dropout: ShareBelowOne = 0.1
+    max_seq_len: Length = 512
+    head_dropout: BelowOne = 0.1
     patience: Count | None = None
     new_head: bool = False
+    scored_with: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         check(self, "task")
@@ -85,6 +82,7 @@ class ClassificationTask(TaskSettings):
 
     spec: GlueTask
     kind: ClassVar[str] = "classification"
+    scored_with: ClassVar[tuple[str, ...]] = ("spec",)
 
     def read(self, group: str) -> dict[str, list[GlueRow]]:
         """Return the rows by split: MNLI's validation has two where the path does not say which."""
@@ -111,6 +109,10 @@ class ClassificationTask(TaskSettings):
         return Classifier(
             encoder, hidden_size, num_labels=len(self.spec.labels), dropout=self.head_dropout
         )
+
+    def rows_read(self, split: Split) -> Iterable[Any]:
+        """Return what a model reads of each row."""
+        return (row["texts"] for row in split.examples)
 
     @property
     def main_metric(self) -> str:
@@ -141,7 +143,7 @@ class ClassificationTask(TaskSettings):
 class RaceTask(TaskSettings):
     """RACE: four options a question (Lai et al. 2017)."""
 
-    max_question_len: SequenceLength = 128
+    max_question_len: Length = 128
     kind: ClassVar[str] = "multiple_choice"
     main_metric: ClassVar[str] = "accuracy"
 
@@ -165,6 +167,10 @@ class RaceTask(TaskSettings):
     def build_network(self, encoder: nn.Module, hidden_size: int) -> Classifier:
         return Classifier(encoder, hidden_size, num_labels=1, dropout=self.head_dropout)
 
+    def rows_read(self, split: Split) -> Iterable[Any]:
+        """Return what a model reads of each question."""
+        return ((row.article, row.question, row.options) for row in split.examples)
+
     def metrics(self, split: Split, scores: Scores) -> dict[str, float]:
         """Return the metrics of logits [E, 4]."""
         logits = np.stack(scores["logits"])
@@ -185,16 +191,23 @@ class RaceTask(TaskSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class SquadTask(TaskSettings):
-    """SQuAD 1.1 or 2.0; `null_threshold` None is tuned on the questions that are scored (2.0)."""
+    """SQuAD 1.1 or 2.0; `null_threshold` None is tuned on the questions that are scored (2.0).
+
+    A question counts `max_query_len` tokens at most, an answer `max_answer_length`; of each window
+    the `num_best` highest starts and ends are paired.
+    """
 
     version: Annotated[str, one_of("1.1", "2.0")] = "1.1"
-    doc_stride: SequenceLength = 128
-    max_query_len: SequenceLength = 64
+    doc_stride: Length = 128
+    max_query_len: Length = 64
     num_best: Annotated[int, Interval(1, 1000)] = 20
-    max_answer_length: SequenceLength = 30
-    null_threshold: Annotated[float, Interval(-LARGEST, LARGEST)] | None = None
+    max_answer_length: Length = 30
+    null_threshold: Finite | None = None
     kind: ClassVar[str] = "span"
     main_metric: ClassVar[str] = "f1"
+    scored_with: ClassVar[tuple[str, ...]] = (
+        "version", "num_best", "max_answer_length", "null_threshold"
+    )  # fmt: skip
 
     def read(self, group: str) -> dict[str, list[squad.SquadQuestion]]:
         return {group: squad.load_squad(self.path(group), group, version=self.version)}
@@ -223,6 +236,18 @@ class SquadTask(TaskSettings):
             encoder, hidden_size, answerability=self.version == "2.0", dropout=self.head_dropout
         )
 
+    @property
+    def tunes_threshold(self) -> bool:
+        """Whether the questions that are scored decide the null threshold."""
+        return self.version == "2.0" and self.null_threshold is None
+
+    def rows_read(self, split: Split) -> Iterable[Any]:
+        """Return question and tokens of each window: logits of another tokenizer do not pair."""
+        windows = split.encodings
+        for number, question in enumerate(windows.values["question_index"]):
+            row = split.examples[question]
+            yield row.id, row.question, row.context, windows.get("input_ids", number).tobytes()
+
     def _decode(self, split: Split, scores: Scores) -> list[squad_scoring.SpanPrediction]:
         return squad_scoring.decode_spans(
             split.examples,
@@ -235,7 +260,7 @@ class SquadTask(TaskSettings):
     def _threshold(
         self, split: Split, predictions: Sequence[squad_scoring.SpanPrediction]
     ) -> float | None:
-        if self.version == "1.1" or self.null_threshold is not None:
+        if not self.tunes_threshold:
             return self.null_threshold
         return squad_scoring.tune_null_threshold(split.examples, predictions).f1_threshold
 
@@ -289,9 +314,23 @@ def _span_logits(scores: Scores) -> squad_scoring.SpanLogits:
     )
 
 
-def save_scores(path: Path, scores: Scores) -> None:
-    """Write scores as safetensors: per name all rows end to end, and the length of each."""
-    tensors: dict[str, np.ndarray] = {}
+def row_keys(task: Task, split: Split) -> np.ndarray:
+    """Return a key of each row, uint64 [E]: a hash of what a model reads there, no two the same.
+
+    Equal rows count up, so that the first one of a file is that of any other order.
+    """
+    seen: Counter[bytes] = Counter()
+    keys = []
+    for row in task.rows_read(split):
+        digest = hashlib.sha256(repr(row).encode("utf-8", "surrogatepass")).digest()
+        keys.append((int.from_bytes(digest[:8], "big") + seen[digest]) % 2**64)
+        seen[digest] += 1
+    return np.array(keys, np.uint64)
+
+
+def save_scores(path: Path, scores: Scores, keys: np.ndarray) -> None:
+    """Write scores as safetensors: per name all rows end to end, and the length of each; `keys`."""
+    tensors: dict[str, np.ndarray] = {ROW_KEYS: keys}
     for name, rows in scores.items():
         flat = [np.atleast_1d(row) for row in rows]
         tensors[f"{name}.values"] = np.concatenate(flat).astype(np.float32)
@@ -302,21 +341,40 @@ def save_scores(path: Path, scores: Scores) -> None:
     partial.replace(path)
 
 
-def load_scores(path: Path) -> Scores:
-    """Read what `save_scores` wrote; ValueError where there is no such file."""
+def load_scores(path: Path, keys: np.ndarray | None = None) -> Scores:
+    """Read what `save_scores` wrote, in the order of `keys` if they are given.
+
+    Raises:
+        ValueError: no such file, one that cannot be read, or one of other rows than `keys`.
+    """
     if not path.is_file():
         raise ValueError(f"{path}: no such file: this run has not been evaluated on that split")
-    tensors = load_file(path)
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
     scores: Scores = {}
     for name in (key.removesuffix(".values") for key in tensors if key.endswith(".values")):
         ends = np.cumsum(tensors[f"{name}.lengths"])
         scores[name] = np.split(tensors[f"{name}.values"], ends[:-1])
     if "answerable" in scores:
         scores["answerable"] = [row[0] for row in scores["answerable"]]
-    return scores
+    if keys is None:
+        return scores
+    if ROW_KEYS not in tensors:
+        raise ValueError(f"{path} does not say which rows it scores: evaluate that run again")
+    places = {key: place for place, key in enumerate(tensors[ROW_KEYS].tolist())}
+    missing = sum(key not in places for key in keys.tolist())
+    if missing or len(places) != len(keys):
+        raise ValueError(
+            f"{path} scores other rows: it has {len(places)}, and lacks {missing} of the"
+            f" {len(keys)} to be scored (another file or, for SQuAD, other windows or tokenizer)"
+        )
+    order = [places[key] for key in keys.tolist()]
+    return {name: [rows[place] for place in order] for name, rows in scores.items()}
 
 
 def write_outputs(directory: Path, task: Task, split: Split, scores: Scores) -> None:
     """Write predictions in the official format and the scores that ensembles are made of."""
     task.write_predictions(directory / split.name, split, scores)
-    save_scores(directory / f"{split.name}.safetensors", scores)
+    save_scores(directory / f"{split.name}.safetensors", scores, row_keys(task, split))

@@ -34,7 +34,7 @@ from hydratron.models.initialisation import initialize_parameters
 from hydratron.parallel.cross_entropy import vocab_parallel_cross_entropy
 from hydratron.parallel.mappings import all_reduce, gather_into_tensor_parallel_region
 from hydratron.parallel.mesh import ParallelMesh, ProcessGroup
-from hydratron.settings import SequenceLength, Text, check
+from hydratron.settings import Length, Text, check
 from hydratron.training.strategy import TensorParallelStrategy
 
 
@@ -95,8 +95,8 @@ class WikitextTask:
 
     name: Text
     path: Text | None = None
-    max_seq_len: SequenceLength = 1024
-    overlap: SequenceLength = 32
+    max_seq_len: Length = 1024
+    overlap: Length = 32
 
     def __post_init__(self) -> None:
         check(self, "task")
@@ -127,7 +127,7 @@ class LambadaTask:
 
     name: Text
     path: Text | None = None
-    max_seq_len: SequenceLength = 1024
+    max_seq_len: Length = 1024
 
     def __post_init__(self) -> None:
         check(self, "task")
@@ -150,6 +150,9 @@ class LambadaTask:
 
             sets.append(ZeroShotSet(batches, num_correct, metrics))
         return sets
+
+
+ZeroShotTask = WikitextTask | LambadaTask
 
 
 def given_path(path: str | None) -> Path | None:

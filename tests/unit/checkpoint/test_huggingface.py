@@ -1,10 +1,13 @@
 """Hugging Face folders both ways: logits, weights bit for bit, and what is refused."""
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
@@ -21,6 +24,7 @@ from transformers import (
 from hydratron.checkpoint.conversion import to_huggingface, to_hydratron
 from hydratron.checkpoint.huggingface import read_tensors
 from hydratron.checkpoint.source import read_checkpoint
+from hydratron.commands.convert import prepare
 from hydratron.parallel.mesh import ParallelMesh
 from tests.unit.checkpoint.networks import (
     KINDS,
@@ -244,8 +248,15 @@ def test_an_output_that_exists_is_left_alone(tmp_path: Path) -> None:
         ("hidden_act", "relu", "activation 'relu' is not one of gelu"),
         ("is_decoder", True, "is_decoder is True, only False can be read"),
         ("position_embedding_type", "relative_key", "position_embedding_type is 'relative_key'"),
+        ("sliding_window", 128, "config.json: sliding_window is 128, only None can be read"),
+        ("auto_map", {"AutoModel": "m.M"}, "auto_map is {'AutoModel': 'm.M'}, only None"),
+        ("quantization_config", {"bits": 4}, "quantization_config is {'bits': 4}, only None"),
+        ("architectures", ["BertPreLN"], "architectures names 'BertPreLN', no class of transf"),
+        ("num_hidden_layers", 10**9, "62 tensors cannot be the 1000000000 layers that it says"),
+        ("hidden_size", "wide", "config.json: Validation error for field 'hidden_size'"),
+        ("num_attention_heads", 5, "config.json: hidden_size 32 is not divisible by num_heads 5"),
         ("hidden_size", 64, r"is of another model: .*word_embeddings.weight needs \[96, 64\] and"),
-        ("num_hidden_layers", 4, "layers.3.attention_layernorm.weight needs .32. and it holds no"),
+        ("num_hidden_layers", 4, r"bert.encoder.layer.3.attention.output.LayerNorm.weight needs"),
     ],
 )
 def test_a_folder_of_another_network_is_refused(
@@ -256,6 +267,97 @@ def test_a_folder_of_another_network_is_refused(
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     with pytest.raises(ValueError, match=message):
         load(folder)
+
+
+def changed_weights(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
+    """Let `change` edit the tensors of a folder."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def test_a_missing_weight_is_refused_in_both_directions(tmp_path: Path) -> None:
+    """As loaded by transformers, it would be drawn at random."""
+    _, folder = export("bert-post", tmp_path)
+    name = "bert.encoder.layer.1.output.dense.weight"
+    changed_weights(folder, lambda tensors: tensors.pop(name))
+    for to in ("huggingface", "hydratron"):
+        given = {"to": to, "checkpoint": str(folder), "output": str(tmp_path / to)}
+        with pytest.raises(ValueError, match=rf"{name} needs \[32, 48\] and it holds nothing$"):
+            prepare(given | {"tokenizer": None})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_of_another_shape_or_type_are_refused_by_name(kind: str, tmp_path: Path) -> None:
+    _, folder = export(kind, tmp_path)
+    names = load_file(folder / "model.safetensors")
+    name = next(n for n in names if "key.weight" in n or "c_attn.weight" in n)
+    shape = list(names[name].shape)
+    changed_weights(folder, lambda tensors: tensors.update({name: torch.zeros(7, 5)}))
+    with pytest.raises(ValueError, match=re.escape(f"{name} needs {shape} and it holds [7, 5]")):
+        load(folder)
+    integers = torch.zeros(shape, dtype=torch.int8)
+    changed_weights(folder, lambda tensors: tensors.update({name: integers}))
+    with pytest.raises(ValueError, match=f"{name} is no weight of 16, 32 or 64 bits"):
+        load(folder)
+
+
+def test_a_weight_that_no_network_of_ours_has_is_refused(tmp_path: Path) -> None:
+    _, folder = export("bert-pre", tmp_path)
+    name = "bert.encoder.layer.0.adapter.weight"
+    changed_weights(folder, lambda tensors: tensors.update({name: torch.zeros(3)}))
+    with pytest.raises(ValueError, match=f"holds {name}, which no bert of ours has"):
+        load(folder)
+
+
+def test_names_of_no_bert_are_refused_by_the_first(tmp_path: Path) -> None:
+    _, folder = export("bert-pre", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    parallel = {f"module.{name}": tensor for name, tensor in tensors.items()}
+    save_file(parallel, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"holds no name of a bert: its first is module\.bert\."):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.int16, torch.int8, torch.uint16, torch.bool, torch.complex64, torch.float8_e4m3fn],
+)
+def test_buffers_of_any_type_are_left_out(dtype: torch.dtype, tmp_path: Path) -> None:
+    ours, folder = export("bert-post", tmp_path)
+    extra = {"bert.embeddings.extra": torch.zeros(3).to(dtype)}
+    changed_weights(folder, lambda tensors: tensors.update(extra))
+    assert_same_weights(ours, load(folder))
+
+
+def test_what_older_gpt2_folders_hold_beside_weights_is_left_out(tmp_path: Path) -> None:
+    ours, folder = export("gpt2", tmp_path)
+    extra = {
+        "transformer.h.0.attn.bias": torch.ones(1, 1, 40, 40).tril(),
+        "transformer.h.0.attn.masked_bias": torch.tensor(-1e4),
+        "lm_head.weight": torch.zeros(96, 32),
+    }
+    changed_weights(folder, lambda tensors: tensors.update(extra))
+    assert_same_weights(ours, load(folder))
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize("text", ["{", "[1]", "\udcff", "[" * 10**5])
+def test_broken_json_is_refused_by_its_file(name: str, text: str, tmp_path: Path) -> None:
+    _, folder = export("bert-post", tmp_path)
+    (folder / name).write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=f"{folder / name} (cannot be read as|holds no) JSON"):
+        load(folder)
+
+
+def test_an_index_names_files_beside_it(tmp_path: Path) -> None:
+    _, folder = export("bert-post", tmp_path)
+    index = folder / "model.safetensors.index.json"
+    for weight_map in (None, 5, {"a": 5}, {"a": "../exported/model.safetensors"}):
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(ValueError, match=f"{index} has no weight_map of names of files"):
+            load(folder)
 
 
 def test_weights_that_are_no_safetensors_are_refused(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hydratron.checkpoint.conversion import to_huggingface, to_hydratron
+from hydratron.checkpoint.megatron_options import REQUIRED
 from hydratron.checkpoint.source import read_checkpoint
 from hydratron.parallel.mesh import ParallelMesh
 from tests.unit.checkpoint.megatron_files import (
@@ -194,6 +196,143 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     path = directory / FILE.format(0)
     path.write_bytes(path.read_bytes()[:-5000])
     assert f"{path} cannot be read" in refusal(directory)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"junk" * 100, b"PK\x03\x04" + b"x" * 50, b"\x80\x02.", b"\x80\x02]q\0.", b"\0" * 99],
+)
+def test_a_file_that_is_no_checkpoint_is_refused_by_its_name(
+    content: bytes, tmp_path: Path
+) -> None:
+    directory = write(tmp_path / "run", random_weights("gpt2"), arguments("gpt2", 1))
+    path = directory / FILE.format(0)
+    path.write_bytes(content)
+    assert refusal(directory).startswith(f"{path} cannot be read")
+
+
+def test_damaged_files_are_refused_or_read(tmp_path: Path) -> None:
+    """Torch's reader raises whatever it stumbles over."""
+    directory = write(tmp_path / "run", random_weights("gpt2"), arguments("gpt2", 1), is_zip=False)
+    path = directory / FILE.format(0)
+    content, random = path.read_bytes(), Random(3)
+    refusals = []
+    for _ in range(60):
+        damaged = bytearray(content)
+        damaged[random.randrange(4000)] ^= 1 << random.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            read_checkpoint(directory)
+        except ValueError as error:
+            refusals.append(str(error))
+    assert len(refusals) > 20
+    assert all(str(directory) in text and "\n" not in text for text in refusals)
+
+
+def test_a_directory_named_like_a_rank_is_refused_by_its_name(tmp_path: Path) -> None:
+    (tmp_path / "run/mp_rank_xx").mkdir(parents=True)
+    assert refusal(tmp_path / "run").endswith("mp_rank_xx is not named mp_rank_ and a number")
+
+
+@pytest.mark.parametrize("names", [(".metadata", "common.pt", "__0_0.distcp"), ("__0_0.distcp",)])
+@pytest.mark.parametrize("has_tracker", [True, False])
+def test_a_checkpoint_of_megatron_core_is_refused_by_its_format(
+    names: tuple[str, ...], has_tracker: bool, tmp_path: Path
+) -> None:
+    iteration = tmp_path / "run/iter_0000010"
+    iteration.mkdir(parents=True)
+    for name in names:
+        (iteration / name).write_bytes(b"x")
+    if has_tracker:
+        (tmp_path / "run/latest_checkpointed_iteration.txt").write_text("10")
+    assert (
+        f"{iteration} is a checkpoint of Megatron Core ({', '.join(names)}: --ckpt-format"
+        " torch_dist), which is not read"
+    ) in refusal(tmp_path / "run" if has_tracker else iteration)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("apply_layernorm_1p", True),
+        ("squared_relu", True),
+        ("quick_geglu", True),
+        ("window_size", (128, 0)),
+        ("add_bias_linear", False),
+        ("use_rotary_position_embeddings", True),
+        ("position_embedding_type", "rope"),
+        ("position_embedding_type", torch.zeros(2)),
+        ("softmax_type", "off-by-one"),
+        ("qk_layernorm", True),
+        ("num_experts", 8),
+        ("pipeline_model_parallel_size", 2),
+    ],
+)
+def test_an_option_that_changes_the_network_is_refused(
+    option: str, value: Any, tmp_path: Path
+) -> None:
+    args = arguments("gpt2", 1, **{option: value})
+    directory = write(tmp_path / "run", random_weights("gpt2"), args)
+    assert f"{FILE.format(0)}: {option} is {value!r}, only " in refusal(directory)
+
+
+def test_the_neutral_values_of_todays_options_are_read(tmp_path: Path) -> None:
+    """As a run of Megatron-LM writes them that uses none of what is newer than BERT and GPT-2."""
+    neutral = {key: values[-1] for key, values in REQUIRED.items()} | {"norm_epsilon": 1e-3}
+    args = arguments("gpt2", 1, **neutral, hidden_dropout=0)
+    del args.layernorm_epsilon
+    model = read_checkpoint(write(tmp_path / "run", random_weights("gpt2"), args)).model
+    assert (model.layernorm_eps, model.hidden_dropout) == (1e-3, 0)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("num_layers", None, "its args hold no num_layers"),
+        ("num_layers", 10**9, "33 tensors cannot be the 1000000000 layers"),
+        ("num_attention_heads", "four", "num_attention_heads is 'four', which is no size"),
+        ("openai_gelu", 3, "openai_gelu is 3, neither True nor False"),
+        ("hidden_dropout", 2.0, "model.hidden_dropout 2.0 is not in [0, 1)"),
+    ],
+)
+def test_options_that_are_no_numbers_are_refused(
+    option: str, value: Any, message: str, tmp_path: Path
+) -> None:
+    args = arguments("gpt2", 1, **{option: value})
+    found = refusal(write(tmp_path / "run", random_weights("gpt2"), args))
+    assert message.replace("33", str(len(random_weights("gpt2")))) in found
+
+
+def test_a_missing_layer_and_a_wrong_shape_are_refused_by_the_first_tensors(
+    tmp_path: Path,
+) -> None:
+    weights = random_weights("gpt2")
+    body = "language_model.transformer.layers"
+    first = {name: t for name, t in weights.items() if not name.startswith(f"{body}.1.")}
+    found = refusal(write(tmp_path / "stage", first, arguments("gpt2", 1)))
+    assert f"is of another model: {body}.1.input_layernorm.weight needs [32] and it holds" in found
+    assert found.endswith("and 9 more")
+    name = f"{body}.0.mlp.dense_h_to_4h.weight"
+    narrow = weights | {name: torch.zeros(64, 32)}
+    found = refusal(write(tmp_path / "narrow", narrow, arguments("gpt2", 2), size=2))
+    assert f"{name} needs [64, 32] and it holds [32, 32]" in found
+    integers = weights | {name: torch.zeros(128, 32, dtype=torch.int8)}
+    found = refusal(write(tmp_path / "int8", integers, arguments("gpt2", 1)))
+    assert f"{name} is no weight of 16, 32 or 64 bits, floating point" in found
+
+
+def test_a_head_is_there_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    weights = random_weights("bert")
+    without = {name: t for name, t in weights.items() if not name.startswith("binary_head")}
+    missing = to_hydratron(
+        read_checkpoint(write(tmp_path / "without", without, arguments("bert", 1))),
+        tmp_path / "ours",
+        None,
+    )["missing"]
+    assert missing == ["sentence_order_head.weight", "sentence_order_head.bias"]
+    del weights["binary_head.bias"]
+    found = refusal(write(tmp_path / "half", weights, arguments("bert", 1)))
+    assert "binary_head.bias needs [2] and it holds nothing" in found
 
 
 def test_networks_that_we_do_not_have_are_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -146,6 +147,34 @@ def test_another_model_is_refused_by_its_first_parameter(tmp_path: Path) -> None
         checkpoint.load(random_network("bert-pre"), ParallelMesh())
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"num_layers": 4},
+            r"layers.3.attention_layernorm.weight needs \[32\] and it holds nothing",
+        ),
+        ({"num_layers": 2}, r"holds .*layers.2.* and 9 more, which no bert of ours has"),
+        ({"num_layers": 10**9}, "tensors cannot be the 1000000000 layers that it says it has"),
+        ({"head": {"kind": "span", "labels": []}}, "is incomplete: it has no head.weight"),
+        ({"head": {"kind": "evil"}}, "model.json: head 'evil' is not one of classification"),
+        ({"hidden_size": None}, "does not say what its network is: "),
+        ({"num_heads": 5}, "does not say what its network is: hidden_size 32 is not divisible"),
+    ],
+)
+def test_a_directory_of_ours_is_whole_or_refused(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    run = write_directory(tmp_path / "run", random_network("bert-pre"))
+    values = json.loads((run / MODEL).read_text())
+    (run / MODEL).write_text(json.dumps(values | changes))
+    with pytest.raises(ValueError, match=message):
+        read_checkpoint(run)
+    (run / MODEL).write_text("{")
+    with pytest.raises(ValueError, match=r"run/model.json cannot be read as JSON"):
+        read_checkpoint(run)
+
+
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty is no checkpoint: it holds neither checkpoints/"):
@@ -158,6 +187,8 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="file is not a directory"):
         read_checkpoint(tmp_path / "file")
+    with pytest.raises(ValueError, match="does not exist"):
+        read_checkpoint("/" + "x" * 300)
     with pytest.raises(ValueError, match="'some-org/some-bert' is no directory, and not to be had"):
         read_checkpoint("some-org/some-bert")
 
@@ -171,6 +202,11 @@ def test_the_command_refuses_wrong_input_before_anything_is_written(tmp_path: Pa
         ({"checkpoint": None}, "checkpoint= is missing"),
         ({"output": None}, "output= is missing"),
         ({"output": run}, "run exists already"),
+        ({"output": "/proc/x"}, "output /proc/x cannot be written to: "),
+        ({"output": run / "model.json/x"}, "model.json/x cannot be written to: Not a directory"),
+        ({"output": 5}, "output=5 is not the name of a directory"),
+        ({"checkpoint": 5}, "checkpoint=5 is not the name of a directory"),
+        ({"checkpoint": ["a", "b"]}, r"checkpoint=\['a', 'b'\] is not the name of a directory"),
         ({"checkpoint": "no/such/folder"}, "checkpoint no/such/folder does not exist"),
         (
             {"tokenizer": tmp_path / "large"},

@@ -59,6 +59,8 @@ def test_large_files_are_sampled_and_prepared_ones_known_whole(
     assert len({of(t) for t in (tokens, first, middle, last, tokens[:-1])}) == 5
     assert of(tokens) == of(between)
     assert of(tokens, "a") != of(between, "b")
+    (tmp_path / "manifest.json").write_text('{"version": 3}')  # some other program's
+    assert corpus_identity({tmp_path / "corpus": 1.0}).hash == of(tokens)
 
 
 def test_order_and_proportions_are_part_of_a_blend(write_corpus: Write, tmp_path: Path) -> None:

@@ -213,13 +213,8 @@ def test_the_slower_of_two_builders_gives_way(folder: Path, tmp_path: Path, monk
     assert len(list(cache.iterdir())) == 1
 
 
-@pytest.mark.parametrize(
-    ("tokenizer", "content"),
-    [
-        *itertools.product(["bpe", "wordpiece", "character", "vocabulary"], [b"", b"\n\n"]),
-        *itertools.product(["wordpiece", "vocabulary"], [b"\0" * 4096]),  # which BERT leaves out
-    ],
-)
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"\0" * 4096])
+@pytest.mark.parametrize("tokenizer", ["bpe", "wordpiece", "character", "vocabulary"])
 def test_a_text_without_a_token_is_named_and_leaves_nothing_behind(
     tmp_path: Path, tokenizer: str, content: bytes
 ) -> None:

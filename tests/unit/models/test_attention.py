@@ -1,5 +1,7 @@
 """Attention's choice of kernels: segments in place of a mask."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -16,6 +18,28 @@ def test_a_row_is_two_segments_tokens_and_padding() -> None:
     starts = segment_starts(right_padded(LENGTHS, 8))
     assert starts.dtype == torch.int32
     assert starts.tolist() == [0, 5, 8, 16, 16, 17, 24]  # the full row's padding is empty
+
+
+@pytest.mark.parametrize("is_left", [False, True])
+def test_the_segments_are_what_the_mask_says(is_left: bool) -> None:
+    """A kernel for segments gives each token what the masked one does, on whatever side padding is.
+
+    The kernel is imitated: each segment attends to itself alone.
+    """
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(24, 3, 2, 8, generator=generator)
+    mask = right_padded(LENGTHS, 8)
+    mask = mask.flip(-1) if is_left else mask
+    settings = {"dropout": 0.0, "is_causal": False}
+    ends = segment_starts(mask).tolist()
+    alone = [
+        attend(qkv[start:stop], stop - start, None, **settings)
+        for start, stop in pairwise(ends)
+        if stop > start
+    ]
+    is_token = mask.flatten()
+    found = torch.cat(alone)[is_token]
+    torch.testing.assert_close(found, attend(qkv, 8, mask, **settings)[is_token])
 
 
 def test_real_tokens_see_real_tokens_alone() -> None:
@@ -51,11 +75,12 @@ def test_segments_are_for_what_the_kernel_computes(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("is_causal", [False, True])
-def test_segments_on_a_gpu_are_the_mask_on_a_cpu(is_causal: bool) -> None:
+@pytest.mark.parametrize(("is_causal", "is_left"), [(False, False), (False, True), (True, False)])
+def test_segments_on_a_gpu_are_the_mask_on_a_cpu(is_causal: bool, is_left: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(24, 3, 2, 64, generator=generator).requires_grad_()
     mask = right_padded(LENGTHS, 8)
+    mask = mask.flip(-1) if is_left else mask
     is_token = mask.flatten()
     weight = torch.randn(int(is_token.sum()), 2, 64, generator=generator)
     settings = {"dropout": 0.0, "is_causal": is_causal}

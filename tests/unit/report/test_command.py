@@ -6,11 +6,13 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import matplotlib.image
 import pytest
 from rich.console import Console
 
+from hydratron.commands import tracked_report
 from hydratron.commands.report import main
 from hydratron.report.runs import load_runs
 from hydratron.report.watch import progress_line, remaining_seconds, watch_runs
@@ -78,6 +80,24 @@ def test_only_jobs_that_just_started_still_make_a_report(writer, capsys):
     writer.run("a", {"seed": 1})
     main([str(writer.root)])
     assert "partial: 0 of 1 jobs ok, 1 running or killed" in capsys.readouterr().out
+
+
+def test_a_report_in_wandb_names_no_class_and_no_server_of_the_runs_directory(
+    ablation, monkeypatch
+):
+    hydra = ablation.root / "sweep" / "0" / ".hydra"
+    (hydra / "wandb.json").write_text("{}")
+    (hydra / "resolved.yaml").write_text(
+        "logger: {_target_: os.system, command: touch owned, project: mine, offline: true,"
+        " settings: {_target_: os.system, base_url: 'https://elsewhere'}}"
+    )
+    made = []
+    monkeypatch.setattr(tracked_report, "WandbLogger", lambda **k: made.append(k) or MagicMock())
+    main([str(ablation.root / "sweep"), "--wandb"])
+    (arguments,) = made
+    assert (arguments["project"], arguments["offline"]) == ("mine", True)
+    assert arguments["settings"] == {"silent": True}
+    assert not Path("owned").exists()
 
 
 @pytest.mark.parametrize("watch", [[], ["--watch"]])

@@ -140,13 +140,17 @@ def test_a_finished_corpus_knows_everything_that_it_was_made_of(
         path.write_bytes(before[0].replace(b"a", b"b", 1))  # of the same size
         os.utime(path, ns=(before[1].st_atime_ns, before[1].st_mtime_ns))  # and time
         name = "tokenizer" if "vocab" in file else str(path)
-        with pytest.raises(ValueError, match=f"of other inputs .*{name}.*name another output"):
+        with pytest.raises(
+            ValueError, match=f"whose inputs have changed since .*{name}.*name another output"
+        ):
             finished(corpus, output)
         path.write_bytes(before[0])
         os.utime(path)  # a touch changes nothing
         assert finished(corpus, output)
     (tmp_path / "more/b.txt").write_text("new")
-    with pytest.raises(ValueError, match=r"of other inputs \(sources\.more\..*/more/b\.txt\)"):
+    with pytest.raises(
+        ValueError, match=r"whose inputs have changed since \(sources\.more\..*/more/b\.txt\)"
+    ):
         finished(corpus, output)
     shutil.rmtree(tmp_path / "more")
     with pytest.raises(ValueError, match="more: no such file or folder"):
