@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+from hydratron.quoting import quoted
 from tests.end_to_end.conftest import (
     SCRIPT,
     TINY,
@@ -120,6 +121,36 @@ def test_all_ranks_of_a_trial_of_optuna_train_with_the_same_values(
     assert "has 3 trials that ended well" in enough.stderr
 
 
+NAME = "a=1,b=[2]#{c} d'e größe"
+
+
+def test_a_run_of_any_name_is_resumed(in_process, tmp_path: Path) -> None:
+    where = f"hydra.run.dir={quoted(f'runs/{NAME}')}"
+    assert in_process("pretrain", *TINY, where).returncode == 0
+    for name in (f"runs/{NAME}", quoted(f"runs/{NAME}")):
+        done = in_process("pretrain", f"resume={name}")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "has ended well" in done.stdout
+    done = in_process("pretrain", f"resume=runs/{NAME}", "trainer.max_steps=5")
+    assert done.returncode == 0, done.stderr
+    assert result(tmp_path / "runs" / NAME)["steps"] == 5
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [NAME]
+
+
+@pytest.mark.slow
+def test_a_sweep_of_any_name_is_resumed(hydratron, tmp_path: Path) -> None:
+    where = f"hydra.sweep.dir={quoted(NAME)}"
+    assert hydratron("pretrain", "-m", *TINY, "seed=1,2", *ONE[:2], where).returncode == 0
+    before = results(tmp_path / NAME)
+    assert [r["status"] for r in before] == ["ok", "ok"]
+    (tmp_path / NAME / "1/result.json").unlink()
+    done = hydratron("pretrain", "-m", f"resume={NAME}")
+    assert done.returncode == 0, done.stderr
+    assert results(tmp_path / NAME)[0] == before[0]
+    assert [r["status"] for r in results(tmp_path / NAME)] == ["ok", "ok"]
+    assert not [path for path in tmp_path.iterdir() if path.is_dir() and path.name != NAME]
+
+
 @pytest.mark.slow
 def test_a_search_over_a_task_without_a_loss_seeks_its_metric_and_survives_its_end(
     hydratron, tmp_path: Path
@@ -131,6 +162,7 @@ def test_a_search_over_a_task_without_a_loss_seeks_its_metric_and_survives_its_e
         write_squad(tmp_path / f"{name}.json", 6, version="1.1")
     task = ["task=squad1", "task.train_path=train.json", "task.validation_path=dev.json"]
     small = ["task.max_seq_len=48", "data.global_batch_size=6", "task.doc_stride=8"]
+    small += ["++task.max_query_len=8"]
     search = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "hydra.sweep.dir=sweep"]
     drawn = ["optimizer.lr=interval(1e-4,1e-2)", "checkpoint=bert", "task.epochs=1"]
     done = hydratron("finetune", "-m", *task, *small, *search, *drawn)
