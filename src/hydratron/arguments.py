@@ -11,6 +11,7 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from hydratron.checkpoint.runs import FREE
+from hydratron.quoting import plain, quoted
 from hydratron.result import read_result
 
 TRAININGS = ("pretrain", "finetune")  # the commands that go on with a run
@@ -35,7 +36,8 @@ def resumed_arguments(command: str, arguments: list[str]) -> list[str]:
     """
     given = {a.partition("=")[0]: a for a in arguments if "=" in a}
     values = override_dictionary(arguments)
-    directory = Path(values["resume"])
+    given_name = values["resume"]
+    directory = Path(given_name if Path(given_name).is_dir() else plain(given_name))
     is_sweep = not {"-m", "--multirun"}.isdisjoint(arguments)
     source = directory / ("multirun.yaml" if is_sweep else ".hydra/overrides.yaml")
     if not is_sweep and command not in TRAININGS:
@@ -60,7 +62,8 @@ def resumed_arguments(command: str, arguments: list[str]) -> list[str]:
     for key in before.keys() - given.keys():
         refuse_foreign(before[key], source)
     flags = [a for a in arguments if "=" not in a]
-    return [*flags, *(before | given | {where: f"{where}={directory}"}).values()]
+    places = {key: f"{key}={quoted(str(directory))}" for key in (where, "resume")}
+    return [*flags, *(before | given | places).values()]
 
 
 def ignored_keys(overrides: list[str]) -> list[str]:
@@ -174,7 +177,7 @@ def search_arguments(command: str, arguments: list[str]) -> list[str]:
 def sweep_definition_kept(arguments: list[str]) -> Iterator[None]:
     """Keep `multirun.yaml`, which says what the sweep is, as it was while it is resumed."""
     given = override_dictionary(arguments)
-    path = Path(given.get("hydra.sweep.dir", "")) / "multirun.yaml"
+    path = Path(plain(given.get("hydra.sweep.dir", ""))) / "multirun.yaml"
     definition = path.read_text() if "resume" in given and path.is_file() else None
     try:
         yield
@@ -189,7 +192,7 @@ def refuse_second_sweep(arguments: list[str]) -> None:
     sweep_dir = given.get("hydra.sweep.dir")
     is_sweep = not {"-m", "--multirun"}.isdisjoint(arguments)
     is_new = is_sweep and "resume" not in given
-    if is_new and sweep_dir and (Path(sweep_dir) / "multirun.yaml").exists():
+    if is_new and sweep_dir and (Path(plain(sweep_dir)) / "multirun.yaml").exists():
         raise InputError(f"{sweep_dir} holds a sweep already; -m resume={sweep_dir} completes it")
 
 

@@ -112,7 +112,7 @@ def test_a_disk_that_fills_up_in_training_is_named_and_the_run_goes_on_later(
     assert [path.name for path in run.glob("checkpoints/step-*")] == ["step-1"] * every
     for name in ("filling", "1"):
         (small_disk / name).unlink()
-    done = in_process("pretrain", f"resume={run}")
+    done = in_process("pretrain", f"resume={run}", fault[0])
     assert done.returncode == 0, done.stderr
     steps = list(metrics(run)["step"])
     assert steps == list(range(1, len(steps) + 1))

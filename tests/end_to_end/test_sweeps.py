@@ -3,14 +3,18 @@
 The first six are the cases in which Lightning under `-m` gives a wrong result or none.
 """
 
+import contextlib
 import os
 import signal
+import sqlite3
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from hydratron.quoting import quoted
 from tests.end_to_end.conftest import (
     SCRIPT,
     TINY,
@@ -21,6 +25,7 @@ from tests.end_to_end.conftest import (
     wait_until_gone,
 )
 from tests.slurm import free_ports
+from tests.tasks import write_bert, write_squad
 from tests.waiting import PATIENCE
 
 # the quickstart's own sweep, held at one point
@@ -114,6 +119,80 @@ def test_all_ranks_of_a_trial_of_optuna_train_with_the_same_values(
     enough = hydratron("pretrain", "-m", "resume=sweep", "hydra.sweeper.n_trials=3")
     assert enough.returncode == 2
     assert "has 3 trials that ended well" in enough.stderr
+
+
+NAME = "a=1,b=[2]#{c} d'e größe"
+
+
+def test_a_run_of_any_name_is_resumed(in_process, tmp_path: Path) -> None:
+    where = f"hydra.run.dir={quoted(f'runs/{NAME}')}"
+    assert in_process("pretrain", *TINY, where).returncode == 0
+    for name in (f"runs/{NAME}", quoted(f"runs/{NAME}")):
+        done = in_process("pretrain", f"resume={name}")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "has ended well" in done.stdout
+    done = in_process("pretrain", f"resume=runs/{NAME}", "trainer.max_steps=5")
+    assert done.returncode == 0, done.stderr
+    assert result(tmp_path / "runs" / NAME)["steps"] == 5
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [NAME]
+
+
+@pytest.mark.slow
+def test_a_sweep_of_any_name_is_resumed(hydratron, tmp_path: Path) -> None:
+    where = f"hydra.sweep.dir={quoted(NAME)}"
+    assert hydratron("pretrain", "-m", *TINY, "seed=1,2", *ONE[:2], where).returncode == 0
+    before = results(tmp_path / NAME)
+    assert [r["status"] for r in before] == ["ok", "ok"]
+    (tmp_path / NAME / "1/result.json").unlink()
+    done = hydratron("pretrain", "-m", f"resume={NAME}")
+    assert done.returncode == 0, done.stderr
+    assert results(tmp_path / NAME)[0] == before[0]
+    assert [r["status"] for r in results(tmp_path / NAME)] == ["ok", "ok"]
+    assert not [path for path in tmp_path.iterdir() if path.is_dir() and path.name != NAME]
+
+
+@pytest.mark.slow
+def test_a_search_over_a_task_without_a_loss_seeks_its_metric_and_survives_its_end(
+    hydratron, tmp_path: Path
+) -> None:
+    pytest.importorskip("optuna", reason="the extra optuna is not installed")
+    torch.manual_seed(1)
+    write_bert(tmp_path / "bert")
+    for name in ("train", "dev"):
+        write_squad(tmp_path / f"{name}.json", 6, version="1.1")
+    task = ["task=squad1", "task.train_path=train.json", "task.validation_path=dev.json"]
+    small = ["task.max_seq_len=48", "data.global_batch_size=6", "task.doc_stride=8"]
+    small += ["++task.max_query_len=8"]
+    search = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "hydra.sweep.dir=sweep"]
+    drawn = ["optimizer.lr=interval(1e-4,1e-2)", "checkpoint=bert", "task.epochs=1"]
+    done = hydratron("finetune", "-m", *task, *small, *search, *drawn)
+    assert done.returncode == 0, done.stderr
+    scores = [r["val/f1"] for r in results(tmp_path / "sweep")]
+    path = tmp_path / "sweep/optimization_results.yaml"
+    assert yaml.safe_load(path.read_text())["best_value"] == pytest.approx(max(scores))
+    # as where its parent was killed before it was told
+    with contextlib.closing(sqlite3.connect(tmp_path / "sweep/optuna.db")) as database, database:
+        database.execute("UPDATE trials SET state = 'RUNNING'")
+        database.execute("DELETE FROM trial_values")
+    path.unlink()
+    again = hydratron("finetune", "-m", "resume=sweep")
+    assert again.returncode == 0, again.stderr
+    assert yaml.safe_load(path.read_text())["best_value"] == pytest.approx(max(scores))
+    assert [r["val/f1"] for r in results(tmp_path / "sweep")] == scores
+
+
+@pytest.mark.slow
+def test_a_search_says_that_trials_failed(hydratron, tmp_path: Path) -> None:
+    pytest.importorskip("optuna", reason="the extra optuna is not installed")
+    search = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", *ONE[:1]]
+    clips = {"all": "optimizer.clip=-1.0,-2.0", "some": "optimizer.clip=-1.0,1.0"}
+    for name, clip in clips.items():
+        grid = ["hydra/sweeper/sampler=grid", clip, f"hydra.sweep.dir={name}"]
+        done = hydratron("pretrain", "-m", *TINY, *search, *grid)
+        assert done.returncode == 1, done.stderr
+        assert "Traceback" not in done.stderr
+        said = {"all": "all: no trial has a value to search by", "some": "1 of 2 jobs failed"}
+        assert said[name] in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.slow
