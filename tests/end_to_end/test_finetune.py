@@ -141,7 +141,7 @@ WRONG = [
     (["data.global_batch_size=7", "parallel=dp2"], "7 is not divisible by data_parallel"),
     (["+task.epoch=3"], "unknown key task.epoch"),
     (["trainer.precision=bf16-true"], "trainer.precision bf16-true is for pretraining: finetune"),
-    (["trainer.precision=fp8"], "trainer.precision fp8 is for pretraining: finetune"),
+    (["trainer.precision=fp8"], "trainer.precision fp8 needs a GPU"),
 ]
 
 
