@@ -157,8 +157,10 @@ def check_identity(run_dir: Path, identity: Mapping[str, Any]) -> None:
 def job_directory(ignored: Iterable[str] = (), *, _root_: DictConfig) -> str:
     """Resolve `hydra.sweep.subdir`: the number of the job that has these settings, else a new one.
 
-    A sweep that is resumed with more values numbers its jobs otherwise than before.
+    A sweep that is resumed with more values numbers its jobs otherwise than before. A search may
+    draw the same values twice: those are two jobs.
     """
+    is_search = OmegaConf.select(_root_.hydra.sweeper, "n_trials") is not None
     sweep, ignored = Path(_root_.hydra.sweep.dir), (*ignored, "logger.")
     groups = [str(key) for key in _root_ if key not in ("hydra", "logger")]
     tasks = OmegaConf.masked_copy(_root_, groups)
@@ -167,7 +169,7 @@ def job_directory(ignored: Iterable[str] = (), *, _root_: DictConfig) -> str:
     numbers = sorted(int(path.name) for path in sweep.glob("*") if path.name.isdecimal())
     for number in numbers:
         found = read_settings(sweep / str(number))
-        if found is None:
+        if found is None or (is_search and read_result(sweep / str(number))):
             continue
         found = {"command": settings["command"]} | found
         if not differences(found, settings, ignored):

@@ -184,7 +184,7 @@ def test_a_search_over_a_task_without_a_loss_seeks_its_metric_and_survives_its_e
 @pytest.mark.slow
 def test_a_search_says_that_trials_failed(hydratron, tmp_path: Path) -> None:
     pytest.importorskip("optuna", reason="the extra optuna is not installed")
-    search = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", *ONE[:1]]
+    search = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", *ONE]
     clips = {"all": "optimizer.clip=-1.0,-2.0", "some": "optimizer.clip=-1.0,1.0"}
     for name, clip in clips.items():
         grid = ["hydra/sweeper/sampler=grid", clip, f"hydra.sweep.dir={name}"]
