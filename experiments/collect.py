@@ -21,14 +21,26 @@ from hydratron.report.layers import LAYER_NORM
 from hydratron.report.runs import UNREADABLE, Run, load_runs
 
 SWEPT = ("seed", "model.num_layers", "layernorm", "init", "optimizer.lr")
-ALSO_SWEPT = ("task", "size", "model.hidden_size")  # columns where runs differ in them
+# columns where runs differ in them
+ALSO_SWEPT = ("task", "size", "model.hidden_size", "warmup_steps")
 KEPT = ("status", "num_parameters", "steps", "tokens", "train/loss", "val/loss", UNIGRAM_ENTROPY)
 CURVES = ("train/loss", "val/loss")
 
 
+def setting(run: Run, key: str) -> Any:
+    """A run's value of a column; of its warmup the steps, also where a fraction was given."""
+    if key != "warmup_steps":
+        return run.value(key)
+    steps = run.value("optimizer.warmup_steps")
+    fraction, max_steps = map(run.value, ("optimizer.warmup_fraction", "trainer.max_steps"))
+    if steps is None and fraction is not None and max_steps is not None:
+        return round(fraction * max_steps)
+    return steps
+
+
 def swept_keys(runs: Sequence[Run], columns: Sequence[str] = ()) -> list[str]:
     """The columns that tell runs apart, from each other and from those of a file with `columns`."""
-    also = [k for k in ALSO_SWEPT if k in columns or len({run.value(k) for run in runs}) > 1]
+    also = [k for k in ALSO_SWEPT if k in columns or len({setting(run, k) for run in runs}) > 1]
     return [SWEPT[0], *also, *SWEPT[1:]]
 
 
@@ -141,7 +153,7 @@ def main() -> None:
     for run, found in zip(runs, by_run, strict=True):
         if name == "results.csv":
             facts["command"] = command_line(run, options.replace)
-        settings = {key: run.value(key) for key in swept}
+        settings = {key: setting(run, key) for key in swept}
         rows += [settings | row | facts for row in found]
     frame = pd.DataFrame(rows)
     stray = [column for column in stray_validations(runs) if column in frame]

@@ -187,6 +187,7 @@ WRONG = [
         ["trainer=gpu", "trainer.precision=fp8"],
         "trainer.precision fp8 is for pretraining: finetune",
     ),
+    (["trainer.precision=fp8"], "trainer.precision fp8 needs a GPU"),
 ]
 
 

@@ -17,7 +17,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from hydratron.launch import configuration_directory
-from tests.end_to_end.conftest import TINY
+from tests.end_to_end.conftest import SCRIPT, TINY
 from tests.tasks import write_bert, write_mnli
 
 pytestmark = pytest.mark.slow
@@ -205,8 +205,9 @@ REAL = [
 
 
 @pytest.mark.parametrize("line", REAL)
-def test_a_process_of_its_own_ends_the_same(hydratron: Run, line: str) -> None:
-    done = hydratron(*line.split())
+def test_a_process_of_its_own_ends_the_same(tmp_path: Path, line: str) -> None:
+    command = [SCRIPT, *line.split()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     # Hydra says of which job of a sweep it speaks

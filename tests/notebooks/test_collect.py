@@ -104,3 +104,14 @@ def test_rows_of_another_size_are_kept(tmp_path: Path) -> None:
     write_run(tmp_path / "runs/0", 1, size="1.3b")
     collect(tmp_path, "--add")
     assert list(pd.read_csv(tmp_path / "results.csv")["size"]) == ["1.3b", "336m", "752m"]
+
+
+def test_runs_that_differ_in_their_warmup_alone_are_both_kept(tmp_path: Path) -> None:
+    common = {"seed": "1", "optimizer.warmup_fraction": "0.1", "trainer.max_steps": "300"}
+    write_run(tmp_path / "runs/0", 1, overrides=common)
+    write_run(tmp_path / "runs/1", 1, overrides=common | {"trainer.max_steps": "1000"})
+    collect(tmp_path)
+    (tmp_path / "runs").rename(tmp_path / "before")
+    write_run(tmp_path / "runs/0", 1, overrides=common | {"optimizer.warmup_steps": "300"})
+    collect(tmp_path, "--add")
+    assert list(pd.read_csv(tmp_path / "results.csv")["warmup_steps"]) == [30, 100, 300]

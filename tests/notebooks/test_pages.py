@@ -15,16 +15,26 @@ from hydratron.report.canvas import style_of
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = ROOT / "experiments"
-PAGES = sorted(EXPERIMENTS.glob("*/README.md"))
+PAGES = [*sorted(EXPERIMENTS.glob("*/README.md")), EXPERIMENTS / "LOG.md"]
 # Other folders that a page's tables quote.
 QUOTED = {
     ROOT.name: ("00_quickstart", "01_layernorm_placement", "02_speed"),
     "03_scale": ("01_layernorm_placement",),
+    EXPERIMENTS.name: ("01_layernorm_placement", "02_speed"),
 }
 # What a column says of the setting, not of an outcome.
 SETTINGS = ("layers x hidden", "longest", "trained on", "scored on", "micro-batches", "commit")
+SETTINGS += ("tried or claimed",)
 LONG = 300  # rows: in a longer file every number is found
-KEYS = ("size", "model.hidden_size", "model.num_layers", "layernorm", "init", "optimizer.lr")
+KEYS = (
+    "size",
+    "model.hidden_size",
+    "warmup_steps",
+    "model.num_layers",
+    "layernorm",
+    "init",
+    "optimizer.lr",
+)
 KEYS += ("task", "system", "variant", "stage")
 NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?(?![\w])")
 
@@ -104,7 +114,7 @@ def test_every_number_of_a_table_stands_in_a_csv_beside_it(page: Path) -> None:
 
 
 ROWS = [  # page, a column that names the table, how many of its rows are whole rows of a CSV file
-    ("01_layernorm_placement", "held-out loss (nats)", "seed", 8),
+    ("01_layernorm_placement", "held-out loss (nats)", "seed", 13),
     ("02_speed", "sequences/s", "memory (GiB)", 23),
     ("02_speed", "matrix products", "idle", 12),
     ("03_scale", "predicted GiB", "predicted ms", 12),
@@ -125,6 +135,66 @@ def test_a_row_of_a_page_is_one_row_of_a_csv(folder, column, other, num_rows) ->
 
 LAYERNORM = EXPERIMENTS / "01_layernorm_placement"
 RATES = {"1e-4": 1e-4, "3e-4": 3e-4, "1e-3": 1e-3, "3e-3": 3e-3, "1e-2": 1e-2}
+
+
+def figure1(row: list[str], **other: object) -> pd.DataFrame:
+    """The runs of Figure 1 at the size, warmup and learning rate that a row begins with."""
+    runs = pd.read_csv(LAYERNORM / "figure1.csv")
+    runs = runs[(runs["size"] == row[0].lower()) & np.isclose(runs["optimizer.lr"], float(row[2]))]
+    runs = runs[runs["warmup_steps"] == int(row[1].partition(" of ")[0])]
+    for key, value in other.items():
+        runs = runs[runs[key] == value]
+    return runs.sort_values("seed")
+
+
+def test_the_readme_s_losses_of_figure_1_are_those_of_their_recipes() -> None:
+    entropy = pd.read_csv(LAYERNORM / "figure1.csv")["val/unigram_entropy"].max()
+    found = 0
+    for header, row in tables(ROOT / "README.md"):
+        if header[:3] != ["size", "warmup steps", "learning rate"]:
+            continue
+        for name, cell in zip(header[3:], row[3:], strict=True):
+            runs = figure1(row, layernorm=name.removesuffix("-LN"))
+            bold = [f"**{x:.3f}**" if x >= entropy else f"{x:.3f}" for x in runs["val/loss"]]
+            assert cell == (", ".join(bold) or "not run")
+            steps = {int(row[1].partition(" of ")[2].replace(",", ""))}
+            assert set(runs["steps"]) <= steps
+            found += len(runs)
+    assert found == len(pd.read_csv(LAYERNORM / "figure1.csv"))
+
+
+def test_figure_1_s_rows_are_those_of_their_recipes_and_bold_on_the_plateau() -> None:
+    entropy = pd.read_csv(LAYERNORM / "figure1.csv")["val/unigram_entropy"].max()
+    found = 0
+    for header, row in tables(LAYERNORM / "README.md"):
+        cells = dict(zip(header, row, strict=True))
+        if not {"warmup steps", "held-out loss (nats)"} <= set(cells):
+            continue
+        recipe = [cells["parameters"], cells["warmup steps"], cells["learning rate"]]
+        runs = figure1(recipe, layernorm=cells["LayerNorm"], seed=int(cells["seed"]))
+        (run,) = runs.to_dict("records")
+        said = f"{run['val/loss']:.3f}"
+        on_plateau = run["val/loss"] >= entropy
+        assert cells["held-out loss (nats)"] == (f"**{said}**" if on_plateau else said)
+        assert cells["commit"] == run["commit"]
+        found += 1
+    assert found == 13
+
+
+def test_the_lowest_layer_s_gradients_are_those_of_their_csv() -> None:
+    norms = pd.read_csv(LAYERNORM / "figure1_norms.csv")
+    norms = norms[(norms["layer"] == 0) & (norms["layernorm"] == "post")]
+    same = ["seed", "size", "warmup_steps", "optimizer.lr"]
+    found = 0
+    for header, row in tables(LAYERNORM / "README.md"):
+        if "step 10" not in header:
+            continue
+        run = figure1(row, layernorm="post", seed=int(row[3]))
+        mine = run[same].merge(norms, on=same).set_index("step")["norm"]
+        for name, cell in zip(header[4:], row[4:], strict=True):
+            assert stands(cell, np.array([mine[int(name.removeprefix("step "))]]))
+            found += 1
+    assert found == 42
 
 
 def test_the_map_of_depths_and_rates_is_that_of_its_csv() -> None:
@@ -189,14 +259,15 @@ def paths(svg: Path) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    ("module", "names"),
+    ("slug", "module", "names"),
     [
-        ("published", ["published_scaling"]),
-        ("recipes", ["memory_bert_3.9b", "memory_gpt2_8.3b"]),
+        ("01_layernorm_placement", "figure1", ["figure1", "figure1_norms"]),
+        ("03_scale", "published", ["published_scaling"]),
+        ("03_scale", "recipes", ["memory_bert_3.9b", "memory_gpt2_8.3b"]),
     ],
 )
-def test_a_figure_is_what_its_csv_draws(module, names, tmp_path: Path, monkeypatch) -> None:
-    folder = EXPERIMENTS / "03_scale"
+def test_a_figure_is_what_its_csv_draws(slug, module, names, tmp_path: Path, monkeypatch) -> None:
+    folder = EXPERIMENTS / slug
     monkeypatch.syspath_prepend(folder)
     importlib.import_module(module).draw(tmp_path)
     for name in names:

@@ -73,6 +73,7 @@ LEGACY_CLASSES = {
     "torch": {"Size", *(str(dtype).removeprefix("torch.") for dtype in DTYPES.values())},
     "torch.serialization": {"_get_layout"},
     "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath"},  # of the checkpoint, where it was written
 }
 
 

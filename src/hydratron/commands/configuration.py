@@ -2,11 +2,13 @@
 
 # pyright: reportOperatorIssue=false
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from omegaconf import OmegaConf
 
+from hydratron.models.config import Recompute
 from hydratron.settings import BatchSize, BelowOne, Count, GroupSize, Seed, convert, one_of, written
 
 
@@ -16,9 +18,7 @@ def _is_path(value: Any) -> str | None:
 
 Name = Annotated[Any, _is_path] | None
 Devices = GroupSize | None
-Dropout = BelowOne | None
-# also what is read beside the settings' dataclasses: sizes that count the processes of a job, and
-# what finetune and evaluate choose anew of a pretrained network
+# also the sizes that count the processes of a job, before its command checks it
 KEYS: dict[str, Any] = {
     "seed": Seed,
     "rows": Count,
@@ -30,10 +30,20 @@ KEYS: dict[str, Any] = {
     "trainer.num_nodes": GroupSize,
     "trainer.devices": Devices,
     "data.evaluation_batch_size": BatchSize,
-    "model.hidden_dropout": Dropout,
-    "model.attention_dropout": Dropout,
-    "model.path": Name,
 } | dict.fromkeys(("checkpoint", "tokenizer", "output", "calibration", "resume"), Name)
+
+
+@dataclass(frozen=True)
+class NetworkChoice:
+    """The group `model` of finetune and evaluate: what a run chooses anew of a pretrained network,
+    None as it was, or the `path` of a network of transformers.
+    """
+
+    family: Annotated[str, one_of("huggingface")] | None = None
+    path: Name = None
+    hidden_dropout: BelowOne | None = None
+    attention_dropout: BelowOne | None = None
+    recompute: Recompute | None = None
 
 
 def check_keys(config: dict[str, Any], root: Path) -> None:

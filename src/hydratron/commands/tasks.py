@@ -16,6 +16,7 @@ from hydratron.checkpoint.source import (
     read_checkpoint,
     write_model,
 )
+from hydratron.commands.configuration import NetworkChoice
 from hydratron.data.encodings import make_frame
 from hydratron.data.examples import read_json, write_text
 from hydratron.data.tokenizer import PreTrainedTokenizerFast, load_tokenizer
@@ -100,6 +101,7 @@ def open_source(
         ValueError: no such checkpoint, one of another family or task, or a size that does not
             divide by the tensor-parallel size.
     """
+    build(NetworkChoice, config["model"], name="model")
     tensor_parallel_size = config["parallel"]["tensor_parallel_size"]
     if config["model"].get("family") == "huggingface":
         if tensor_parallel_size > 1:

@@ -11,7 +11,6 @@ from typing import Annotated
 from hydratron.settings import (
     Interval,
     NotNegative,
-    Positive,
     PositiveShare,
     Share,
     Text,
@@ -19,6 +18,7 @@ from hydratron.settings import (
 )
 
 GIB = 2**30
+Rate = Annotated[float, Interval(0, 1e9, above=True)]
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ class Hardware:
 
     name: Text
     gpus_per_node: Annotated[int, Interval(1, 1024)]
-    peak_tflops: Positive
+    peak_tflops: Rate
     num_multiprocessors: Annotated[int, Interval(1, 10**6)]
-    memory_gib: Positive
-    memory_bandwidth: Positive
-    intra_node_bandwidth: Positive
-    inter_node_bandwidth: Positive
+    memory_gib: Rate
+    memory_bandwidth: Rate
+    intra_node_bandwidth: Rate
+    inter_node_bandwidth: Rate
     product_efficiency: PositiveShare
     attention_efficiency: PositiveShare
     masked_attention_efficiency: PositiveShare
