@@ -114,7 +114,7 @@ def main(command: str) -> None:
         is_sweep = hydra_config.mode == RunMode.MULTIRUN
         if is_sweep and os.path.isdir(begun):  # not on a cluster's nodes
             Path(begun, str(hydra_config.job.num)).write_text(hydra_config.runtime.output_dir)
-        if "joblib" in hydra_config.launcher._target_:
+        if "joblib" in hydra_config.launcher._target_ and os.getpid() != owner:
             end_with_parent(signal.SIGTERM)  # its job then ends as with any SIGTERM
             if os.getppid() != owner:
                 raise SystemExit(TERMINATED)
