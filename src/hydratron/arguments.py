@@ -196,6 +196,14 @@ def refuse_second_sweep(arguments: list[str]) -> None:
         raise InputError(f"{sweep_dir} holds a sweep already; -m resume={sweep_dir} completes it")
 
 
+def check_directory(key: str, name: str) -> None:
+    """Make the directory `name`; InputError where that cannot be."""
+    try:
+        Path(name).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{key}={name}: cannot be written to: {error.strerror}") from error
+
+
 def refuse_unclear(command: str, arguments: list[str]) -> None:
     """Raise InputError for two values of one key, a directory without a name, and what a benchmark
     would ignore.
@@ -208,5 +216,8 @@ def refuse_unclear(command: str, arguments: list[str]) -> None:
     for key in ("hydra.run.dir", "hydra.sweep.dir", "resume"):
         if not given.get(key, key).strip("'\" "):
             raise InputError(f"{key}= is empty: it names a directory")
+    for key in ("hydra.run.dir", "hydra.sweep.dir"):
+        if key in given and "${" not in given[key]:
+            check_directory(key, given[key].strip("'\""))
     if command == "benchmark" and "trainer.max_steps" in given:
         raise InputError("trainer.max_steps is not a benchmark's: timing.steps are those it times")

@@ -23,15 +23,17 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from hydratron.arguments import InputError, override_dictionary
 from hydratron.checkpoint.runs import FROZEN_CONFIG, write_settings
-from hydratron.commands.configuration import check_keys
+from hydratron.commands.configuration import check_groups, check_keys
 from hydratron.continuation import (
     CONTINUES,
     FINISHED,
     check_identity,
     job_directory,
+    newest_run,
     settings_of,
     sole_writer,
     standing,
@@ -169,13 +171,18 @@ def launch(command: str, config: DictConfig) -> float | None:
     if is_sweep:
         check_launcher(hydra_config)
     composed = OmegaConf.to_yaml(config)
-    OmegaConf.resolve(config)
+    try:
+        OmegaConf.resolve(config)
+    except OmegaConfBaseException as error:
+        raise InputError(str(error)) from error
     plain = cast(dict[str, Any], OmegaConf.to_container(config))
+    job = Job(command, run_dir, plain, override_dictionary(list(hydra_config.overrides.task)))
     try:
         check_keys(plain, configuration_directory() / f"{command}.yaml")
+        if not is_sweep:
+            check_groups(command, plain)
     except ValueError as error:
-        raise InputError(str(error)) from error
-    job = Job(command, run_dir, plain, override_dictionary(list(hydra_config.overrides.task)))
+        raise refusal(job, error) from error
     with sole_writer(run_dir) if is_first_rank() else contextlib.nullcontext():
         found = standing(job, resumed=bool(config.get("resume")))
         if found == FINISHED:
@@ -235,12 +242,17 @@ def check(job: Job, *, has_run: bool = False) -> Any:
     try:
         prepared = importlib.import_module(f"hydratron.commands.{job.command}").prepare(job.config)
     except ValueError as error:
-        if not has_run:
-            write_result(job, status="failed", error=str(error), duration_s=0.0)
-        raise InputError(str(error)) from error
+        raise refusal(job, error) from error
     if has_run:
         check_identity(job.run_dir, prepared.describe()["identity"])
     return prepared
+
+
+def refusal(job: Job, error: ValueError) -> InputError:
+    """Return what ends a wrong command; a directory that holds no run yet gets a failed result."""
+    if is_first_rank() and not read_result(job.run_dir) and newest_run(job.run_dir) is None:
+        write_result(job, status="failed", error=str(error), duration_s=0.0)
+    return InputError(str(error))
 
 
 def execute_as_one_of_many(job: Job) -> None:

@@ -61,7 +61,7 @@ def test_two_ranks_are_timed_as_one(in_process: Run, tmp_path: Path) -> None:
         ("timing.steps=1", "timing.steps 1 is not at least 2"),
         ("timing.peer=megatron", "timing.peer 'megatron' is not one of transformers"),
         (
-            "trainer.cuda_graphs=true timing.warmup_steps=1",
+            "trainer.accelerator=gpu trainer.cuda_graphs=true timing.warmup_steps=1",
             "timing.warmup_steps 1 is not at least 2",
         ),
         ("parallel=tp2 timing.peer=transformers", "it needs parallel=single"),

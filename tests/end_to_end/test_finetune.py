@@ -176,7 +176,7 @@ WRONG = [
         ["task.validation_path=one_matched.jsonl", "parallel=dp2"],
         "validation_matched has 1 rows, fewer than parallel.data_parallel_size 2",
     ),
-    (["data.cache_dir=/proc/none"], "data.cache_dir /proc/none is of no use: No such file"),
+    (["data.cache_dir=/proc/none"], "data.cache_dir '/proc/none': No such file"),
     (
         ["optimizer.shard=true", "trainer=gpu", "trainer.precision=16-mixed"],
         "optimizer.shard works with every trainer.precision but 16-mixed",

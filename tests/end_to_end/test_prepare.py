@@ -88,10 +88,10 @@ TRAIN = ["pretrain", *TINY]
         ([*TRAIN, "data.path=''"], "data.path '' is empty"),
         ([*TRAIN, "data.path=empty.txt"], "empty.txt: no document is left of it"),
         ([*TRAIN, "data.path=nuls.txt"], "nuls.txt: no document is left of it"),
-        ([*TRAIN, "data.cache_dir=/proc/nope"], "data.cache_dir /proc/nope: cannot be made: No"),
+        ([*TRAIN, "data.cache_dir=/proc/nope"], "data.cache_dir '/proc/nope': No such file"),
         ([*TRAIN, "data.cache_dir=''"], "data.cache_dir '' is empty"),
         (["prepare", "data=blend", "data.path=null"], "a blend needs data.path"),
-        (["prepare", "data=blend", "output=''"], "data.path '' is empty"),
+        (["prepare", "data=blend", "output=''"], "output '' is empty"),
         # output= is enough, and what is missing is something else
         (["prepare", "data=blend", "output=out"], "data.sources names no source of text"),
         (["prepare", "data=blend", "data.path=null", "output=out"], "names no source of text"),

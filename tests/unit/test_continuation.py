@@ -179,7 +179,13 @@ def test_a_directory_has_one_writer_and_a_killed_one_lets_go(tmp_path: Path) -> 
 
 
 def number(sweep: Path, num: int, ignored: list[str], **changes: Any) -> str:
-    hydra = {"hydra": {"sweep": {"dir": str(sweep)}, "job": {"num": num, "name": "pretrain"}}}
+    hydra = {
+        "hydra": {
+            "sweep": {"dir": str(sweep)},
+            "job": {"num": num, "name": "pretrain"},
+            "sweeper": {},
+        }
+    }
     root = OmegaConf.create(job(sweep, **changes).config | hydra)
     return job_directory(ignored, _root_=root)
 

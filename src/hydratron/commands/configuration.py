@@ -2,6 +2,8 @@
 
 # pyright: reportOperatorIssue=false
 
+import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +11,17 @@ from typing import Annotated, Any
 from omegaconf import OmegaConf
 
 from hydratron.models.config import Recompute
-from hydratron.settings import BatchSize, BelowOne, Count, GroupSize, Seed, convert, one_of, written
+from hydratron.settings import (
+    BatchSize,
+    BelowOne,
+    Count,
+    GroupSize,
+    Seed,
+    build,
+    convert,
+    one_of,
+    written,
+)
 
 
 def _is_path(value: Any) -> str | None:
@@ -44,6 +56,28 @@ class NetworkChoice:
     hidden_dropout: BelowOne | None = None
     attention_dropout: BelowOne | None = None
     recompute: Recompute | None = None
+
+
+# of pretrain and benchmark: where the settings of a group are declared, none of which needs
+# Lightning or transformers, which take seconds to import
+GROUPS = {
+    "model": ("hydratron.models.config", "ModelConfig"),
+    "data": ("hydratron.data.config", "DataConfig"),
+    "optimizer": ("hydratron.training.optimisation", "OptimizerConfig"),
+    "trainer": ("hydratron.training.config", "TrainerConfig"),
+    "parallel": ("hydratron.training.config", "ParallelConfig"),
+}
+
+
+def check_groups(command: str, config: Mapping[str, Any]) -> None:
+    """Check the settings of pretrain and benchmark before what carries them out is imported.
+
+    Raises:
+        ValueError: a value that cannot be, by name and rule.
+    """
+    for group, (module, name) in GROUPS.items():
+        if command in ("pretrain", "benchmark"):
+            build(getattr(importlib.import_module(module), name), config[group], name=group)
 
 
 def check_keys(config: dict[str, Any], root: Path) -> None:

@@ -35,10 +35,6 @@ class PlanJob:
 def prepare(config: Mapping[str, Any]) -> PlanJob:
     """Check configuration and cluster; ValueError says what is wrong with them."""
     rows, calibration = config["rows"], config["calibration"]
-    if type(rows) is not int or rows < 1:
-        raise ValueError(f"rows {rows} is not a number of rows: a whole number from 1 on")
-    if not isinstance(calibration, str | None):
-        raise ValueError(f"calibration {calibration} is not a run directory")
     hardware = build(Hardware, config["hardware"], name="hardware")
     step, estimator = read_step(config), Estimator()
     hardware.check_precision(step.precision)

@@ -291,7 +291,7 @@ def test_the_neutral_values_of_todays_options_are_read(tmp_path: Path) -> None:
     ("option", "value", "message"),
     [
         ("num_layers", None, "its args hold no num_layers"),
-        ("num_layers", 10**9, "33 tensors cannot be the 1000000000 layers"),
+        ("num_layers", 9_999, "33 tensors cannot be the 9999 layers"),
         ("num_attention_heads", "four", "num_attention_heads is 'four', which is no size"),
         ("openai_gelu", 3, "openai_gelu is 3, neither True nor False"),
         ("hidden_dropout", 2.0, "model.hidden_dropout 2.0 is not in [0, 1)"),

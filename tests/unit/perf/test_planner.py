@@ -58,11 +58,11 @@ def test_a_batch_that_does_not_divide_names_the_nearest_cluster() -> None:
 @pytest.mark.parametrize(
     ("num_nodes", "num_sequences", "answer"),
     [
-        (10**9, 16, "hardware.num_nodes=16 would work"),
+        (10**6, 16, "hardware.num_nodes=16 would work"),
         (5, 16, "hardware.num_nodes=4 would work"),
         (3, 10**12, "hardware.num_nodes=2 would work"),
         (6, 10**13, "hardware.num_nodes=5 would work"),
-        (10**9, 2**40 + 15, "hardware.num_nodes="),  # a prime: two GPUs of one tensor-parallel pair
+        (2**20, 2**40 + 15, "hardware.num_nodes="),  # a prime: two GPUs of one tensor-parallel pair
     ],
 )
 def test_the_nearest_cluster_is_found_by_arithmetic(num_nodes, num_sequences, answer) -> None:

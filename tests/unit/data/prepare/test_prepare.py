@@ -267,7 +267,7 @@ def test_a_preparation_with_one_weight_of_two_is_refused(corpus: CorpusConfig) -
     wiki = corpus.sources["wiki"]
     with pytest.raises(ValueError, match="data.sources.b.weight is missing where a has one"):
         replace(corpus, sources={"a": replace(wiki, weight=0.7), "b": wiki})
-    with pytest.raises(ValueError, match="weight inf of a source is not positive"):
+    with pytest.raises(ValueError, match="source.weight inf is not finite"):
         replace(wiki, weight=float("inf"))
 
 
