@@ -38,6 +38,7 @@ def resumed_arguments(command: str, arguments: list[str]) -> list[str]:
     values = override_dictionary(arguments)
     given_name = values["resume"]
     directory = Path(given_name if Path(given_name).is_dir() else plain(given_name))
+    given["resume"] = f"resume={quoted(str(directory))}"
     is_sweep = not {"-m", "--multirun"}.isdisjoint(arguments)
     source = directory / ("multirun.yaml" if is_sweep else ".hydra/overrides.yaml")
     if not is_sweep and command not in TRAININGS:
@@ -62,8 +63,7 @@ def resumed_arguments(command: str, arguments: list[str]) -> list[str]:
     for key in before.keys() - given.keys():
         refuse_foreign(before[key], source)
     flags = [a for a in arguments if "=" not in a]
-    places = {key: f"{key}={quoted(str(directory))}" for key in (where, "resume")}
-    return [*flags, *(before | given | places).values()]
+    return [*flags, *(before | given | {where: f"{where}={quoted(str(directory))}"}).values()]
 
 
 def ignored_keys(overrides: list[str]) -> list[str]:
