@@ -218,6 +218,6 @@ def refuse_unclear(command: str, arguments: list[str]) -> None:
             raise InputError(f"{key}= is empty: it names a directory")
     for key in ("hydra.run.dir", "hydra.sweep.dir"):
         if key in given and "${" not in given[key]:
-            check_directory(key, given[key].strip("'\""))
+            check_directory(key, plain(given[key]))
     if command == "benchmark" and "trainer.max_steps" in given:
         raise InputError("trainer.max_steps is not a benchmark's: timing.steps are those it times")
