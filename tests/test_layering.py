@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "commands": ENTRY,
     "launch": ENTRY,
     "arguments": {"hydra", "checkpoint", "quoting", "result"},
-    "continuation": {"hydra", "arguments", "checkpoint", "result"},
+    "continuation": {"hydra", "arguments", "checkpoint", "processes", "result"},
     "processes": set(),
     "result": {"processes"},
     "settings": set(),

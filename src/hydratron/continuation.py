@@ -31,6 +31,7 @@ from hydratron.checkpoint.runs import (
     read_settings,
     write_settings,
 )
+from hydratron.processes import is_external_launch
 from hydratron.result import Job, read_result
 
 CHECKPOINTS = "checkpoints"
@@ -183,3 +184,22 @@ def job_directory(ignored: Iterable[str] = (), *, _root_: DictConfig) -> str:
         else:
             write_settings(sweep / str(number), settings)
             return str(number)
+
+
+def unused_directory(path: str) -> str:
+    """Resolve a default directory: make `path`, or the first new one of `path`-2, `path`-3, ...
+
+    Runs that start in the same second get directories of their own. Processes that torchrun or
+    SLURM made for one run must agree on it, and take it as it is.
+    """
+    if is_external_launch():
+        return path
+    number = 1
+    while True:
+        found = path if number == 1 else f"{path}-{number}"
+        try:
+            Path(found).mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+        else:
+            return found

@@ -37,6 +37,7 @@ from hydratron.continuation import (
     settings_of,
     sole_writer,
     standing,
+    unused_directory,
 )
 from hydratron.processes import (
     INTERRUPTED,
@@ -72,25 +73,6 @@ from hydratron.result import (
 from hydratron.sweeps import check_choices, check_ended_well, check_launcher, objective
 
 OUTPUT = "output.log"
-
-
-def unused_directory(path: str) -> str:
-    """Resolve a default directory: make `path`, or the first new one of `path`-2, `path`-3, ...
-
-    Runs that start in the same second get directories of their own. Processes that torchrun or
-    SLURM made for one run must agree on it, and take it as it is.
-    """
-    if is_external_launch():
-        return path
-    number = 1
-    while True:
-        found = path if number == 1 else f"{path}-{number}"
-        try:
-            Path(found).mkdir(parents=True)
-        except FileExistsError:
-            number += 1
-        else:
-            return found
 
 
 # here and not in `main`: the processes of a parallel launcher import this module alone
